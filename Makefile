@@ -1,0 +1,37 @@
+# Two commands: `make train METHOD=lcm` and `make test`. Each builds .venv from requirements.lock first.
+SHELL  := /bin/bash
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+METHOD ?= lcm
+ARGS   ?=
+
+.PHONY: setup train test export clean-notebooks lock wheel
+setup: $(VENV)/.ready
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (about a minute the first time)"
+	@$(BIN)/python -m pip install -q uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+train: setup
+	@mkdir -p runs
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/train.ipynb "runs/train-$(METHOD).ipynb" -p method "$(METHOD)" $(ARGS) --log-output --no-progress-bar
+
+test: setup
+	source $(BIN)/activate && nbdev_export && git diff --exit-code -- cdfss && lint-imports && OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && pytest
+
+export: setup
+	$(BIN)/nbdev_export
+
+clean-notebooks: setup
+	$(BIN)/nbdev_clean
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 -o requirements.lock --no-header --no-annotate --no-emit-index-url -q
+
+wheel: setup
+	$(BIN)/python -m build --wheel --installer uv
