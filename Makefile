@@ -6,7 +6,7 @@ PYTHON ?= python3
 METHOD ?= lcm
 ARGS   ?=
 
-.PHONY: setup train test export clean-notebooks lock wheel
+.PHONY: setup train test study export clean-notebooks lock wheel
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -34,4 +34,9 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 -o requirements.lock --no-header --no-annotate --no-emit-index-url -q
 
 wheel: setup
-	$(BIN)/python -m build --wheel --installer uv
+	$(BIN)/python -m build --wheel
+
+# the phenomenon over seeds on the miniature: about 20 minutes on two cores, resumable
+study: setup
+	@mkdir -p runs
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/phenomenon.ipynb runs/phenomenon.ipynb --log-output --no-progress-bar

@@ -23,3 +23,18 @@ def real_data() -> Path:
 def parity() -> Path:
     "Small parity cases, copied into the repository so that they run everywhere."
     return ROOT/'tests'/'data'/'parity'
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "torch on one thread: tiny tensors are not worth two, least of all beside other work."
+    import torch
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(was)
+
+@pytest.fixture(scope='session')
+def miniature(tmp_path_factory) -> Path:
+    "A data root drawn like the built-in miniature, with few images: enough for 1 and 5 shots on VOC, ISIC and chest."
+    from cdfss.data.miniature import make
+    return make(tmp_path_factory.mktemp('miniature'), workers=1, counts={'VOC2012': 60, 'FSS-1000': 0, 'Deepglobe': 0, 'ISIC': 24, 'LungSegmentation': 10})

@@ -526,7 +526,7 @@ def land_tile(rng):
     for i in np.unique(cover): image = np.where((cover == i)[..., None], COVERS[i](rng, TILE), image)
     haze = rng.uniform(0, .15)
     image = blur((image * (1 - haze) + haze * np.array([.6, .64, .68])).astype(np.float32), .5)
-    return lens(rng, image, .12, .03, .3, .008), (cover + 1).astype(np.uint8)
+    return lens(rng, image, .2, .05, .3, .008), (cover + 1).astype(np.uint8)
 
 
 def land_patches(rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

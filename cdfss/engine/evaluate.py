@@ -99,7 +99,7 @@ def predict(segmenters:dict[str, Segmenter], store:ImageStore, episodes, feature
         made = sum(features.seconds[k] - before[k] for k in before)
         seconds['decode'] = seconds.get('decode', 0) + time.perf_counter() - t0 - made
         t1 = time.perf_counter()
-        masks = {name: s.decide(match, size).mask for name, s in segmenters.items()}
+        with autocast(precision, device): masks = {name: s.decide(match, size).mask for name, s in segmenters.items()}
         if device != 'cpu': torch.cuda.synchronize()
         seconds['compare'] = seconds.get('compare', 0) + time.perf_counter() - t1
     else:

@@ -18,11 +18,11 @@ from ..models.segmenter import Segmenter
 @dataclass(frozen=True)
 class FitOptions(Options):
     "How the segmenter is trained on the source. None means: what `engine/36_train` sets for the miniature or for real data."
-    epochs:int|None        = option(None, "source epochs; 0 evaluates the untrained weights (None: 6 on the miniature, 20 on real data)", low=0)
-    fit_episodes:int|None  = option(None, "source episodes an epoch (None: all pairs of the miniature, 1200 on real data, as SSP)", low=1)
+    epochs:int|None        = option(None, "source epochs; 0 evaluates the untrained weights", low=0)
+    fit_episodes:int|None  = option(None, "source episodes an epoch", low=1)
     batch:int              = option(8, "episodes a step", low=1)
     fit_shot:int           = option(1, "supports of a training episode", low=1)
-    lr:float|None          = option(None, "learning rate of SGD (None: 0.003 on the miniature, 0.001 on real data, as SSP)", low=0)
+    lr:float|None          = option(None, "learning rate of SGD", low=0)
     schedule:str           = option('step', "step: a tenth at 1/3 and 2/3 of all steps (SSP); constant; poly: power 0.9", choices=('step', 'constant', 'poly'))
     momentum:float         = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay:float     = option(5e-4, "weight decay of SGD", low=0)

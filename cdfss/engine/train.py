@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NOT_HASHED', 'SCALES', 'TrainSettings', 'SECTIONS', 'RunOptions', 'numbers', 'names', 'part', 'resolve',
-           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'train', 'load_segmenter', 'trajectory']
+           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'train', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
 import dataclasses, json, shutil, time
@@ -35,7 +35,7 @@ class RunOptions(Options):
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
-    size:int|None          = option(None, "working resolution in pixels (None: 96 on the miniature, 400 on real data)", low=32)
+    size:int|None          = option(None, "working resolution in pixels", low=32)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
     min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's rule: 2048)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
@@ -57,23 +57,27 @@ SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, lr=3e-3, back
 
 def _settings() -> type[Options]:
     "RunOptions, FitOptions, BackboneOptions and all method options as one flat class."
-    of = lambda kind: [(f.name, f.type, f) for f in dataclasses.fields(kind)]
+    found = []
+    for f in (f for kind in (RunOptions, FitOptions, BackboneOptions) for f in dataclasses.fields(kind)):
+        kind, default, meta = f.type, f.default, f.metadata
+        if f.name in SCALES['real']:                         # left open, it is taken from the scale: say so where the user reads it
+            values = {name: 'all' if scale[f.name] is None else scale[f.name] for name, scale in SCALES.items()}
+            kind, default = f.type | None, None
+            meta = meta | {'help': f"{meta['help']} (None: {values['miniature']} on the miniature, {values['real']} on real data)"}
+        found.append((f.name, kind, field(default=default, metadata=meta)))
     methods = [(n, f.type, field(default=f.default, metadata=f.metadata)) for n, f in method_options().items()]
-    flat = [(n, t, field(default=f.default, metadata=f.metadata)) for n, t, f in of(RunOptions) + of(FitOptions) + of(BackboneOptions)]
-    flat = [(n, t | None, field(default=None, metadata=f.metadata | {'help': 'None: miniature, or resnet50 on real data; ' + f.metadata['help']})) if n == 'backbone' else (n, t, f)
-            for n, t, f in flat]
-    return make_dataclass('TrainSettings', flat + methods, bases=(Options,), frozen=True)
+    return make_dataclass('TrainSettings', found + methods, bases=(Options,), frozen=True)
 
 TrainSettings = _settings()
 SECTIONS = dict(method='what to run', data_root='data', shots='evaluation', device='machine', epochs='source training', backbone='backbone')
 SECTIONS |= {next(iter(method_options())): 'options of the methods; those of methods that the recipe does not name are ignored'}
 
-# %% ../../nbs/engine/36_train.ipynb #a7138f85
-def numbers(text:str, name:str) -> tuple[int, ...]:
-    "Positive integers out of `'1,5'`. Raises `InputError` naming the parameter."
-    try: found = tuple(int(p) for p in text.replace(' ', '').strip('[]()').split(',') if p)
+# %% ../../nbs/engine/36_train.ipynb #8b18d0f5
+def numbers(text:str, name:str, low:int=1) -> tuple[int, ...]:
+    "Integers of at least `low` out of `'1,5'`. Raises `InputError` naming the parameter."
+    try: found = tuple(int(p) for p in str(text).replace(' ', '').strip('[]()').split(',') if p)
     except ValueError: found = ()
-    if not found or min(found) < 1: raise InputError(f"{name}={text!r}: expected positive numbers with commas between, e.g. 1,5")
+    if not found or min(found) < low: raise InputError(f"{name}={text!r}: expected whole numbers from {low} with commas between, e.g. 1,5")
     return tuple(dict.fromkeys(found))
 
 def names(text:str) -> tuple[str, ...]: return tuple(dict.fromkeys(t.strip().lower() for t in text.split(',') if t.strip()))
@@ -140,8 +144,9 @@ def _fingerprint(dataset:DataSet, positions=None) -> str:
     return (dataset if positions is None else dataclasses.replace(dataset, items=[dataset.items[p] for p in positions])).fingerprint()
 
 def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
-    """Open and check the data of resolved settings and draw the test episodes. Raises `InputError` for a fault, unless `on_error='skip'`, which leaves
-    faulty files out and reports them through `say`."""
+    """Open and check the data of resolved settings and draw the test episodes. Raises `InputError` for weights that do not fit and for a faulty file,
+    unless `on_error='skip'`, which leaves faulty files out and reports them through `say`."""
+    segmenter_of(s)                                                               # weights that do not fit are found before files are read
     root = Path(s.data_root) if s.data_root else miniature_root()
     shots, store = numbers(s.shots, 'shots'), lambda d: ImageStore(d, s.size, workers=s.workers, on_error=s.on_error)
     kw = dict(min_area=s.min_area) if s.source == 'voc' else {}
@@ -238,29 +243,27 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
             store = data.validation if name == s.source else data.targets[name]
             frame = evaluate(methods, store, manifest, epoch=epoch, parts=resume/'followed', **how)
             tracked.append(frame)
-            for m, f in frame.groupby('method', sort=False): row[f'miou/{m}/{name}'] = round(METRICS['class_miou'](f), 3)
+            for m, f in frame.groupby('method', sort=False):
+                if name != s.source: row[f'miou/{m}/{name}'] = round(METRICS['class_miou'](f), 3)
+                elif m == s.method: row['source_miou'] = round(METRICS['class_miou'](f), 3)
         return row
 
-    def told(row, seconds):
-        left = (total - row['epoch']) * seconds
-        on_epoch({**row, 'epochs': total, 'eta': left})
-
     history = []
-    def add(row, seconds):
+    def add(row):
         history.append({k: v for k, v in row.items() if k != 'restored'})
         run.write_frame('history.csv', pd.DataFrame(history))
-        told(row, seconds)
+        on_epoch({**row, 'epochs': total})
 
     t0 = time.time()
     segmenter.eval()
     zero = follow(0)
-    add({'epoch': 0, **zero, 'seconds': round(time.time() - t0, 2)}, 0 if total == 0 else time.time() - t0)
+    add({'epoch': 0, **zero, 'seconds': round(time.time() - t0, 2)})
     if total:
         t0 = time.time()
         for row in fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=s.device, state_file=resume/'state.pt'):
             found = follow(row['epoch'])
             if not row.get('restored'): row |= found | {'seconds': round(time.time() - t0, 2)}
-            add(row, row['seconds'])
+            add(row)
             t0 = time.time()
     segmenter.eval()
     state = {k: v.contiguous() for k, v in segmenter.state_dict().items()}
@@ -303,11 +306,3 @@ def load_segmenter(run:Run|str|Path, recipe:str|None=None) -> Segmenter:
         if k not in own or k not in state or own[k].shape != state[k].shape: raise InputError(f"{run.path/'weights.safetensors'}: tensor '{k}' does not fit weights.json")
     segmenter.load_state_dict(state)
     return segmenter.eval()
-
-def trajectory(run:Run) -> pd.DataFrame:
-    "mIoU over source epochs with 95 % intervals over episodes: a row per epoch, method and data set (columns epoch, method, target, miou, low, high)."
-    rows = []
-    for (epoch, method, target), f in pd.read_parquet(run.path/'followed.parquet').groupby(['epoch', 'method', 'target'], sort=False):
-        value, low, high = bootstrap(f, draws=500)
-        rows.append(dict(epoch=int(epoch), method=method, target=target, miou=value, low=low, high=high))
-    return pd.DataFrame(rows)

@@ -8,7 +8,7 @@ __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', '
 # %% ../../nbs/report/51_plots.ipynb #2c2fac05
 import contextlib, functools, io
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from ..basics import InputError, atomic_write
 from ..engine.metrics import seed_interval
+from ..methods.seams import MODULES, parse_recipe
 from .tables import in_order
 
 # %% ../../nbs/report/51_plots.ipynb #e78a4408
@@ -43,18 +44,19 @@ def _house(draw:Callable[..., Figure]) -> Callable[..., Figure]:
         return fig
     return styled
 
-# %% ../../nbs/report/51_plots.ipynb #61973eb5
-DATASET_COLOURS = dict(source=BLACK, voc=BLACK, fss=BLUE, deepglobe=GREEN, isic=RED, chest=PINK, cracks=ORANGE, kvasir=SKY, nuclei=GREY, davis='#999933', mean=GREY)
-FAMILY_COLOURS = dict(base=GREY, loec=RED, lfm=BLUE, ifa=GREEN, hsl=PINK, pahnet=ORANGE, several=SKY)
-_PAPERS = dict(loec=('loec', 'lem', 'lcm'), lfm=('lfm', 'apm_s', 'apm_m', 'acpa'), ifa=('ifa', 'bfp'), hsl=('hsl', 'dsr', 'hsm', 'pcmt'),
-               pahnet=('pahnet', 'pfe', 'asc'))
-
+# %% ../../nbs/report/51_plots.ipynb #f6005ee7
+DATASET_COLOURS = dict(voc=BLACK, fss=BLUE, deepglobe=GREEN, isic=RED, chest=PINK, cracks=ORANGE, kvasir=SKY, nuclei=GREY, davis='#999933', mean=GREY)
+FAMILY_COLOURS = dict(base=GREY, loec=RED, lfm=BLUE, ifa=GREEN, hsl=PINK, pahnet=ORANGE, several=SKY, other='#999933')
 def family(method:str) -> str:
-    "The paper whose modules a recipe uses: `base` for none, `several` for more than one."
-    papers = [p for p, names in _PAPERS.items() if set(method.split('+')) & set(names)]
-    return 'base' if not papers else papers[0] if len(papers) == 1 else 'several'
+    """The paper whose modules a recipe uses (the notebook that registers them): `base` for none, `several` for more than one, `other` if unknown.
+    What follows a comma is a remark: `ssp+lem, stem frozen`."""
+    try: modules = parse_recipe(method.split(',')[0]).modules
+    except InputError: return 'other'                                     # a label such as "ours"
+    papers = {MODULES[m].__module__.rsplit('.', 1)[-1] for m in modules}
+    paper = 'base' if not papers else papers.pop() if len(papers) == 1 else 'several'
+    return paper if paper in FAMILY_COLOURS else 'other'
 
-def method_styles(methods:Sequence[str]) -> dict[str, dict[str, Any]]:
+def method_styles(methods:Iterable[str]) -> dict[str, dict[str, Any]]:
     "Colour, line style and marker of each method; the colour is its paper's, the rest counts up within the paper."
     seen, out = {}, {}
     for m in dict.fromkeys(methods):
@@ -164,15 +166,15 @@ def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict):
     ax.margins(y=.2)
 
 @_house
-def trajectory(tidy:pd.DataFrame, ax:Axes|None=None) -> Figure:
-    """Target mIoU (%) against source epoch, a panel per target, a line per method. `tidy` has epoch, target, method, miou and may have low,
-    high and seed (see `tidy_history`, `tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
+def trajectory(tidy:pd.DataFrame, ax:Axes|None=None, source:str='voc') -> Figure:
+    """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method, miou and may have low,
+    high and seed (see `tables.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
     Raises `InputError` for missing columns, no rows, or rows that cannot be told apart."""
     if lacking := [c for c in ('epoch', 'target', 'method', 'miou') if c not in tidy]: raise InputError(f"tidy lacks the columns {', '.join(lacking)}")
     tidy = tidy.dropna(subset='miou')
     if not len(tidy): raise InputError("tidy holds no mIoU: evaluate at least one epoch")
     if 'shot' in tidy and tidy['shot'].nunique() > 1: raise InputError("tidy mixes shots: select one, tidy[tidy.shot == 1]")
-    targets = in_order(tidy['target'])
+    targets = sorted(in_order(tidy['target']), key=lambda t: t != source)
     looks, (first, last) = method_styles(tidy['method']), (tidy['epoch'].min(), tidy['epoch'].max())
     if ax is None:
         columns = len(targets) if len(targets) <= 5 else 4
@@ -182,7 +184,7 @@ def trajectory(tidy:pd.DataFrame, ax:Axes|None=None) -> Figure:
     else: fig, axes = ax.figure, [ax]
     for panel, target in zip(axes, targets):
         _trajectory_panel(panel, tidy[tidy['target'] == target], looks)
-        panel.set_title(target, fontweight='bold')
+        panel.set_title(f'{target} (source)' if target == source else target, fontweight='bold')
         panel.set_xlim(first - .08*(last - first + 1), last + .08*(last - first + 1))
     for spare in axes[len(targets):]: spare.remove()
     if ax is None:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'TARGET_ORDER', 'results', 'in_order', 'check_comparable', 'summarise', 'caption', 'wide', 'to_text',
-           'styled', 'progress_header', 'progress_line', 'tidy_history', 'best_median_worst', 'tidy_episodes']
+           'styled', 'progress_header', 'progress_line', 'tidy_episodes']
 
 # %% ../../nbs/report/50_tables.ipynb #6caf489e
 import math, textwrap
@@ -22,17 +22,16 @@ def results(run_dirs:Iterable[str|Path]) -> pd.DataFrame:
     A `+` behind the commit means that the code had uncommitted changes. Raises `InputError` for a folder without a finished run."""
     rows = []
     for run in map(Run, run_dirs):
-        metrics, env, episodes = run.metrics, run.env, run.episodes
-        last = episodes.groupby(['method', 'target', 'shot'])['epoch'].max()
+        metrics, env, recipe = run.metrics, run.env, run.params['method']
         for r in metrics['results']:
-            rows.append(dict(run=run.path.name, **r, protocol=metrics['protocol'], manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8],
-                             seed=metrics['seed'], epoch=int(last[r['method'], r['target'], r['shot']]), commit=_commit(env), device=env['device']))
+            rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'], manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8],
+                             seed=metrics['seed'], epoch=metrics['epoch'], commit=_commit(env), device=env['device']))
     if not rows: raise InputError("run_dirs holds no results: give at least one folder of a finished run")
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/50_tables.ipynb #bc2c614d
 METRIC_LABELS = dict(class_miou='class mIoU', fb_iou='FB-IoU', mean_episode_iou='mean episode IoU', ifa_compat='IFA-compatible value (not a class mIoU)')
-TARGET_ORDER = ('source', 'voc', 'fss', 'deepglobe', 'isic', 'chest')                      # the order of the field's tables; others follow
+TARGET_ORDER = ('voc', 'fss', 'deepglobe', 'isic', 'chest')                      # the order of the field's tables; others follow
 
 def in_order(targets:Iterable[str]) -> list[str]:
     "Targets in the order of the field's tables, then in order of appearance."
@@ -49,6 +48,12 @@ def check_comparable(results:pd.DataFrame):
     for (target, shot), g in results.groupby(['target', 'shot'], sort=False):
         if g['manifest'].nunique() > 1: refuse(g, 'manifest', f' for {target} {shot}-shot')
 
+def _own_runs(results:pd.DataFrame) -> pd.DataFrame:
+    "Where a method was also scored beside another recipe, the rows of runs of its own recipe; equal rows of one seed are kept once."
+    key = ['method', 'target', 'shot', 'seed']
+    rows = results[results['own'] | ~results.groupby(key)['own'].transform('any')]
+    return rows[~rows.duplicated([*key, 'class_miou', 'fb_iou', 'mean_episode_iou'])]
+
 def _cell(rows:pd.DataFrame, metric:str) -> dict:
     "Value and interval of the runs of one method on one target."
     if rows['seed'].duplicated().any():
@@ -63,6 +68,7 @@ def summarise(results:pd.DataFrame, metric:str='class_miou') -> pd.DataFrame:
     Raises `InputError` for rows that do not belong together (see `check_comparable`) or runs that cannot be told apart."""
     if metric not in METRIC_LABELS: raise unknown('metric', metric, METRIC_LABELS)
     check_comparable(results)
+    results = _own_runs(results)
     out = [dict(method=m, target=t, shot=s, **_cell(g, metric)) for (m, t, s), g in results.groupby(['method', 'target', 'shot'], sort=False)]
     for (method, shot), g in results.groupby(['method', 'shot'], sort=False):
         wanted = results.loc[results['shot'] == shot, 'target'].nunique()
@@ -84,7 +90,7 @@ def caption(results:pd.DataFrame, metric:str='class_miou') -> str:
 
 def wide(results:pd.DataFrame, metric:str='class_miou') -> pd.DataFrame:
     "The field's table as text: rows methods, columns targets by shot, cells `43.1 [41.0, 45.2]`; the caption is in `.attrs['caption']`."
-    s = summarise(results, metric)
+    s, results = summarise(results, metric), _own_runs(results)
     text = [f'{v:.1f}' if math.isnan(l) else f'{v:.1f} [{l:.1f}, {h:.1f}]' for v, l, h in zip(s['value'], s['low'], s['high'])]
     order = [(t, n) for n in sorted(s['shot'].unique()) for t in [*in_order(results['target']), 'mean'] if len(s.query('target == @t and shot == @n'))]
     table = s.assign(cell=text).pivot(index='method', columns=['target', 'shot'], values='cell')
@@ -116,47 +122,30 @@ def styled(table:pd.DataFrame) -> Styler:
         {'selector': 'tr', 'props': 'background: transparent'},
         {'selector': 'caption', 'props': 'caption-side: bottom; text-align: left; font-size: 85%; padding-top: 4px'}]))
 
-# %% ../../nbs/report/50_tables.ipynb #41cad770
-def _labels(targets:Sequence[str]) -> list[str]:
-    "Short headings for `miou/<method>/<target>` columns: the method is dropped where all share it."
-    parts = [t.split('/')[1:] for t in targets]
+# %% ../../nbs/report/50_tables.ipynb #8de67d7b
+def _labels(columns:Sequence[str]) -> list[str]:
+    "Short headings for `miou/<method>/<data set>` columns: the method is dropped where all share it."
+    parts = [c.split('/')[1:] for c in columns]
     return [p[-1] for p in parts] if len({p[0] for p in parts}) == 1 else ['/'.join(p) for p in parts]
 
 def _duration(seconds:float) -> str:
     s = round(seconds)
-    return f'{s}s' if s < 60 else f'{s//60}m{s % 60:02}s' if s < 3600 else f'{s//3600}h{s//60 % 60:02}m'
+    return f'{seconds:.1f}s' if seconds < 9.95 else f'{s}s' if s < 60 else f'{s//60}m{s % 60:02}s' if s < 3600 else f'{s//3600}h{s//60 % 60:02}m'
 
-def progress_header(targets:Sequence[str]=()) -> str:
-    "The heading over `progress_line`: mIoU columns are in percent."
-    return f"{'epoch':>9} {'loss':>8} {'source':>7}" + ''.join(f' {n:>{max(len(n), 7)}}' for n in _labels(targets)) + f" {'time':>7} {'left':>7}"
+def progress_header(columns:Sequence[str]=()) -> str:
+    "The heading over `progress_line`; mIoU in percent."
+    return f"{'epoch':>9} {'loss':>8} {'source':>7}" + ''.join(f' {n:>{max(len(n), 7)}}' for n in _labels(columns)) + f" {'time':>7} {'left':>7}"
 
-def progress_line(row:Mapping[str, Any], epochs:int, targets:Sequence[str]=()) -> str:
-    "One epoch of the history (epoch, loss, source_miou, seconds, and the `targets` columns that are filled) as an aligned line."
+def progress_line(row:Mapping[str, Any], epochs:int, columns:Sequence[str]=()) -> str:
+    "One epoch's row (epoch, loss, source_miou, seconds and the mIoU `columns`) as a line under `progress_header`; what is absent shows as a dash."
     cell = lambda name, spec: '-' if row.get(name) is None or math.isnan(row[name]) else format(row[name], spec)
-    epoch = int(row['epoch'])
-    left = row['left'] if 'left' in row else row['seconds']*(epochs - epoch)
-    return (f"{f'{epoch}/{epochs}':>9} {cell('loss', '.4f'):>8} {cell('source_miou', '.1f'):>7}"
-            + ''.join(f' {cell(t, ".1f"):>{max(len(n), 7)}}' for t, n in zip(targets, _labels(targets))) + f" {_duration(row['seconds']):>7} {_duration(left):>7}")
+    left = _duration(row['seconds']*(epochs - row['epoch'])) if row['epoch'] else '-'
+    return (f"{str(row['epoch']) + '/' + str(epochs):>9} {cell('loss', '.4f'):>8} {cell('source_miou', '.1f'):>7}"
+            + ''.join(f' {cell(c, ".1f"):>{max(len(n), 7)}}' for c, n in zip(columns, _labels(columns))) + f" {_duration(row['seconds']):>7} {left:>7}")
 
-# %% ../../nbs/report/50_tables.ipynb #ad167f1b
-def tidy_history(history:pd.DataFrame, recipe:str) -> pd.DataFrame:
-    "A run's history as rows epoch, target, method, miou; the source validation is target 'source' under the run's `recipe`. Empty cells are left out."
-    columns = {c: c.split('/', 2)[1:] for c in history if c.startswith('miou/')} | {'source_miou': [recipe, 'source']}
-    parts = [pd.DataFrame({'epoch': history['epoch'], 'target': t, 'method': m, 'miou': history[c]}) for c, (m, t) in columns.items() if c in history]
-    if not parts: raise InputError(f"history has neither source_miou nor miou/<method>/<target>: its columns are {', '.join(history)}")
-    return pd.concat(parts).dropna(subset='miou').reset_index(drop=True)
-
-def best_median_worst(episodes:pd.DataFrame, each:int=1) -> pd.DataFrame:
-    "The `each` best, most typical and worst episodes by their own IoU, in this order, with columns rank and iou (percent) added."
-    if not 1 <= each <= len(episodes)//3: raise InputError(f"each={each}: expected 1 to {len(episodes)//3}, a third of the {len(episodes)} episodes")
-    union = episodes[['tp', 'fp', 'fn']].sum(axis=1)
-    iou = (100*episodes['tp']/union.clip(lower=1)).where(union > 0, 100.)
-    ranked = episodes.assign(iou=iou).sort_values('iou', ascending=False, kind='stable')
-    middle = (len(ranked) - each)//2
-    parts = {'best': ranked[:each], 'median': ranked[middle:middle + each], 'worst': ranked[-each:]}
-    return pd.concat([p.assign(rank=r) for r, p in parts.items()])
-
+# %% ../../nbs/report/50_tables.ipynb #6551710d
 def tidy_episodes(episodes:pd.DataFrame, metric:str='class_miou', draws:int=500) -> pd.DataFrame:
-    "Rows epoch, target, shot, method, miou, low, high from a table of episodes that may hold several epochs, targets, shots and methods."
+    "Rows epoch, target, shot, method, miou, low, high (percent) from a table of episodes that may hold several epochs, targets, shots and methods."
     keys = ['epoch', 'target', 'shot', 'method']
-    return pd.DataFrame([dict(zip([*keys, 'miou', 'low', 'high'], [*key, *bootstrap(g, metric, draws)])) for key, g in episodes.groupby(keys)])
+    return pd.DataFrame([dict(zip([*keys, 'miou', 'low', 'high'], [*key, *bootstrap(g, metric, draws)])) for key, g in episodes.groupby(keys, sort=False)],
+                        columns=[*keys, 'miou', 'low', 'high'])

@@ -1,0 +1,44 @@
+"Made-up episodes, small backbones and the list of recipes."
+import torch
+from cdfss.basics import mix_seed
+from cdfss.episode import Episode
+from cdfss.methods.seams import ALIASES, MODULES, build, discover
+from cdfss.models.backbones import BackboneOptions, create_backbone
+from cdfss.models.segmenter import BASES
+
+discover()
+RECIPES = sorted({*BASES, *(f'{b}+{m}' for b in BASES for m in MODULES), *ALIASES, 'ssp+lem+lcm'})
+PAIRS = [(b, m) for b in sorted(BASES) for m in sorted(MODULES)]
+
+def episode(b=2, k=1, size=65, seed=0, void=True) -> Episode:
+    "Coloured noise with a rectangle of another colour as object; the query and supports of an episode share both colours."
+    g = torch.Generator().manual_seed(mix_seed('episode', seed))
+    n = k + 1
+    masks = torch.zeros(b, n, size, size, dtype=torch.bool)
+    for i in range(b):
+        for j in range(n):
+            y, x = torch.randint(0, size//2, (2,), generator=g).tolist()
+            masks[i, j, y:y + size//2, x:x + size//3] = True
+    colours = torch.randn(b, 2, 1, 3, 1, 1, generator=g)
+    images = torch.where(masks[:, :, None], colours[:, 1], colours[:, 0]) + .3*torch.randn(b, n, 3, size, size, generator=g)
+    ignore = torch.zeros_like(masks)
+    if void: ignore[..., :size//8, :] = True
+    return Episode(images[:, 0], images[:, 1:], masks[:, 1:], query_mask=masks[:, 0], ignore=ignore[:, 0], support_ignore=ignore[:, 1:])
+
+def enliven(net):
+    "Random batch norms: at timm's start the last one of each block is 0, which hides the block, and all statistics are 0 and 1."
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, .1)
+            m.running_var.uniform_(.5, 1.5)
+            torch.nn.init.normal_(m.weight, 1, .1)
+    return net
+
+def backbone(seed=0, **options):
+    "The miniature's net with random weights."
+    torch.manual_seed(seed)
+    return enliven(create_backbone(BackboneOptions(**dict(weights='none') | options)))
+
+def segmenter(recipe, values=None, seed=0, **options):
+    "A recipe on a random backbone, in eval mode."
+    return build(recipe, backbone(seed, **options), values).eval()
