@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # spinning threads of two processes on two cores slow each other down twentyfold
 from jaxtyping import install_import_hook
 _hook = install_import_hook('cdfss', 'typechecking.checker')
 
@@ -37,4 +38,4 @@ def one_thread():
 def miniature(tmp_path_factory) -> Path:
     "A data root drawn like the built-in miniature, with few images: enough for 1 and 5 shots on VOC, ISIC and chest."
     from cdfss.data.miniature import make
-    return make(tmp_path_factory.mktemp('miniature'), workers=1, counts={'VOC2012': 60, 'FSS-1000': 0, 'Deepglobe': 0, 'ISIC': 24, 'LungSegmentation': 10})
+    return make(tmp_path_factory.mktemp('miniature'), counts={'VOC2012': 60, 'FSS-1000': 0, 'Deepglobe': 0, 'ISIC': 24, 'LungSegmentation': 10})

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -5,7 +6,7 @@ from collections import Counter
 import pytest
 from cdfss.basics import InputError
 from cdfss.data.layouts import open_dataset
-from cdfss.data.manifests import RULES, Manifest, draw, fit_epoch, usable_classes
+from cdfss.data.manifests import EPISODES, RULES, Manifest, draw, draw_nested, fit_epoch, load_manifests, usable_classes
 from fakes import polyps, touch, voc
 
 # ---- the reference lists ----------------------------------------------------------------------------------------------------
@@ -132,6 +133,98 @@ def test_hash_does_not_depend_on_the_process(tree, tmp_path):
            "print(draw('balanced', d, 2, 4).hash, hash(tuple(fit_epoch(d, 1, 2))))"
     out = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': s, 'PATH': ''}).stdout for s in '12'}
     assert out == {f"{draw('balanced', d, 2, 4).hash} {hash(tuple(fit_epoch(d, 1, 2)))}\n"}
+
+ORDERS = """
+import os, pathlib, random, sys
+seed, root, out = sys.argv[1:]
+def mixed(names):                                       # the file system lists in any order it likes
+    names = list(names)
+    random.Random(seed).shuffle(names)
+    return names
+listdir, iterdir, glob = os.listdir, pathlib.Path.iterdir, pathlib.Path.glob
+os.listdir = lambda *a: mixed(listdir(*a))
+pathlib.Path.iterdir = lambda self: iter(mixed(iterdir(self)))
+pathlib.Path.glob = lambda self, *a, **k: iter(mixed(glob(self, *a, **k)))
+from cdfss.data.layouts import open_dataset
+from cdfss.data.manifests import RULES, draw
+for rule in RULES:
+    for name in ('deepglobe', 'isic', 'chest', 'fss'): draw(rule, open_dataset(name, root), 2, 3, 40).save(f'{out}/{rule}-{name}.json')
+"""
+
+def test_bytes_do_not_depend_on_process_or_listing_order(tree, tmp_path):
+    for seed in '12':
+        subprocess.run([sys.executable, '-c', ORDERS, seed, str(tree), str(tmp_path/seed)], check=True, env={'PYTHONHASHSEED': seed, 'PATH': ''})
+    made = sorted(p.name for p in (tmp_path/'1').iterdir())
+    assert len(made) == 4*len(RULES)
+    for name in made: assert (tmp_path/'1'/name).read_bytes() == (tmp_path/'2'/name).read_bytes(), name
+    draw('hsl', open_dataset('isic', tree), 2, 3, 40).save(tmp_path/'here.json')
+    assert (tmp_path/'here.json').read_bytes() == (tmp_path/'1'/'hsl-isic.json').read_bytes()
+
+def test_content_is_part_of_the_manifest(tmp_path):
+    d = open_dataset('kvasir', polyps(tmp_path, 4))
+    m = draw('exhaustive', d, shot=2)
+    m.save(tmp_path/'m.json')
+    assert m.to_json()['counts'] == dict(episodes=4, images=4, classes={'0': 4}) and set(m.files) == {it.id for it in d.items}
+    assert m.files['Kvasir-SEG/images/1.jpg'][1] == hashlib.sha256((tmp_path/'Kvasir-SEG/masks/1.png').read_bytes()).hexdigest()
+    for kind, file in (('image', tmp_path/'Kvasir-SEG/images/2.jpg'), ('mask', tmp_path/'Kvasir-SEG/masks/3.png')):
+        was = file.read_bytes()
+        file.write_bytes(was + b' ')
+        changed = open_dataset('kvasir', tmp_path)
+        with pytest.raises(InputError, match=f'{file.name}: not the {kind} that .*m.json was drawn on'): Manifest.load(tmp_path/'m.json', changed)
+        again = draw('exhaustive', changed, shot=2)
+        assert again.ids == m.ids and again.hash != m.hash
+        file.write_bytes(was)
+    assert Manifest.load(tmp_path/'m.json', open_dataset('kvasir', tmp_path)).hash == m.hash
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    m = draw('exhaustive', open_dataset('kvasir', polyps(tmp_path, 3)))
+    (tmp_path/'Kvasir-SEG/images/1.jpg').unlink()
+    with pytest.raises(InputError, match='1.jpg: cannot be read'): m.hash
+
+# ---- published counts and nesting -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('rule, count', [('patnet', 600), ('ifa', 600), ('hsl', 1200), ('abcdfss', None)])
+def test_published_counts(tree, rule, count):
+    for name in ('deepglobe', 'isic', 'chest'):
+        d = open_dataset(name, tree)
+        assert len(draw(rule, d)) == (count or len(d)) and (rule == 'abcdfss' or EPISODES[rule] == count)
+    d = open_dataset('fss', tree)
+    assert len(draw(rule, d)) == len(d)
+
+def test_hsl_and_ifa_draw_as_patnet(tree):
+    for name in ('isic', 'fss'):
+        d = open_dataset(name, tree)
+        lists = {rule: draw(rule, d, 5, 7, 60) for rule in ('patnet', 'hsl', 'ifa')}
+        assert lists['hsl'].ids == lists['ifa'].ids == lists['patnet'].ids and len({m.hash for m in lists.values()}) == 3
+
+def test_abcdfss_asks_every_image_once(tree):
+    d = open_dataset('deepglobe', tree)
+    assert [q for q, *_ in draw('abcdfss', d, seed=2).episodes] == list(range(len(d)))
+
+@pytest.mark.parametrize('rule', list(RULES))
+def test_nested(tree, rule):
+    d = open_dataset('isic', tree)
+    m = draw_nested(rule, d, (5, 1, 3), seed=4)
+    assert m[5].to_json() == draw(rule, d, 5, 4).to_json() and list(m) == [1, 3, 5]
+    for (q1, s1, c1), (q3, s3, c3), (q5, s5, c5) in zip(*(m[k].episodes for k in (1, 3, 5)), strict=True):
+        assert q1 == q3 == q5 and c1 == c3 == c5 and s1 == s5[:1] and s3 == s5[:3]
+    assert m[1].rule == f'{rule}, first 1 of 5' and m[3].first(1).ids == m[1].ids
+    with pytest.raises(InputError, match='expected 1 to 5'): m[5].first(6)
+    with pytest.raises(InputError, match='shots is empty'): draw_nested(rule, d, ())
+
+def test_load_manifests(tree, tmp_path):
+    opened = []
+    def opener(name, split):
+        opened.append(name)
+        return open_dataset(name, tree, split)
+    want = {(n, k): draw('patnet', open_dataset(n, tree), k, episodes=5) for n in ('isic', 'chest') for k in (1, 5)}
+    for (n, k), m in want.items(): m.save(tmp_path/f'{n}-{k}shot.json')
+    assert load_manifests(tmp_path, opener) == want and sorted(opened) == ['chest', 'isic']
+    assert load_manifests(f"{tmp_path/'isic-1shot.json'}, {tmp_path/'chest-5shot.json'}", opener) == {k: want[k] for k in (('isic', 1), ('chest', 5))}
+    with pytest.raises(InputError, match='isic 1-shot is in .*already'): load_manifests(f"{tmp_path/'isic-1shot.json'},{tmp_path/'isic-1shot.json'}", opener)
+    (tmp_path/'none').mkdir()
+    with pytest.raises(InputError, match='no .json file there'): load_manifests(tmp_path/'none', opener)
+    (tmp_path/'x.json').write_text('[1]')
+    with pytest.raises(InputError, match='no readable manifest'): load_manifests(tmp_path/'x.json', opener)
 
 # ---- training ---------------------------------------------------------------------------------------------------------------
 def test_fit_epoch(tree):

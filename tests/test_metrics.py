@@ -3,8 +3,8 @@ import time
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from cdfss.basics import InputError
-from cdfss.engine.metrics import (COUNTS, METRICS, bootstrap, class_miou, confusion, fb_iou, ifa_compat, mean_episode_iou, over_seeds,
-                                  paired_bootstrap, seed_interval, to_frame)
+from cdfss.engine.metrics import (COUNTS, METRICS, bootstrap, bootstrap_mean, class_miou, confusion, fb_iou, ifa_compat, mean_episode_iou, over_seeds,
+                                  paired_bootstrap, paired_bootstrap_mean, seed_interval, to_frame)
 
 CASES = ['patnet_deepglobe', 'patnet_isic', 'patnet_isic_class1_never_drawn', 'patnet_lung', 'patnet_fss',
          'hsnet_pascal_fold1_ignore', 'hsnet_pascal_fold1_noignore']
@@ -204,6 +204,18 @@ def test_paired_reads_what_parquet_returns(tmp_path):
     a = a_frame()
     a.to_parquet(tmp_path/'e.parquet')
     assert paired_bootstrap(a, pd.read_parquet(tmp_path/'e.parquet')) == (0, 0, 0)
+
+def test_mean_over_targets():
+    frames = [a_frame(n, seed=s) for n, s in ((60, 0), (300, 1), (2000, 2))]
+    value, low, high = bootstrap_mean(frames)
+    each = [bootstrap(f) for f in frames]
+    assert value == pytest.approx(np.mean([v for v, _, _ in each]))
+    half = np.sqrt(sum(((h - l)/2)**2 for _, l, h in each))/3               # independent targets: variances add
+    assert (high - low)/2 == pytest.approx(half, rel=.08)
+    other = [f.assign(tp=f.tp + f.fn//20, fn=f.fn - f.fn//20) for f in frames]
+    d, low, high = paired_bootstrap_mean(zip(frames, other))
+    assert d == pytest.approx(bootstrap_mean(other)[0] - value) and 0 < low < d < high
+    with pytest.raises(InputError, match='no table'): bootstrap_mean([])
 
 def test_seed_interval():
     mean, low, high = seed_interval([41., 43., 45., 44., 42.])

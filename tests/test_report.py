@@ -162,9 +162,9 @@ def test_trajectory_marks_the_peak_and_draws_seeds():
     np.testing.assert_allclose((band.ymin, band.ymax), (seed_interval([26, 27, 28])[1], seed_interval([30, 31, 32])[2]))
 
 @pytest.mark.parametrize('call, words', [
-    (lambda: plots.trajectory(tidy_rows()[:0]), 'no mIoU'), (lambda: plots.trajectory(tidy_rows().drop(columns='target')), 'lacks the columns target'),
+    (lambda: plots.trajectory(tidy_rows()[:0]), 'tidy holds no miou'), (lambda: plots.trajectory(tidy_rows().drop(columns='target')), 'lacks the columns target'),
     (lambda: plots.trajectory(pd.concat([tidy_rows()]*2)), 'several rows for ssp on voc'), (lambda: plots.trajectory(pd.concat([tidy_rows(shot=1), tidy_rows(shot=5)])), 'mixes shots'),
-    (lambda: plots.trajectory(tidy_rows(), plt.subplots()[1]), 'one panel'), (lambda: plots.bars_with_intervals(summary()[:0]), 'empty'),
+    (lambda: plots.trajectory(tidy_rows(), plt.subplots()[1]), 'one panel'), (lambda: plots.bars_with_intervals(summary()[:0]), 'summary holds no value'),
     (lambda: plots.bars_with_intervals(summary((1, 5)), plt.subplots()[1]), 'one panel'), (lambda: plots.episodes([]), 'empty'), (lambda: plots.predictions([]), 'empty'),
     (lambda: plots.by_stage(stages()[:0], 'cka'), 'no cka'), (lambda: plots.by_stage(stages(), 'sharpness'), 'lacks the columns sharpness'),
     (lambda: plots.episodes([(scene()[0]/255., *scene()[1:])]), r'image is float64 of shape \(24, 30, 3\)')])
@@ -178,6 +178,12 @@ def test_masks_that_are_empty_or_full():
         warnings.simplefilter('error')
         fig = plots.predictions([(image, ~mask | mask, image, mask & False, mask & False), (image, mask & False, image, mask, mask & False)])
     assert [a.get_title(loc='center') for a in fig.axes[2::3]] == ['IoU 100 %', 'IoU 0 %']    # nothing to find, nothing found
+
+def test_many_predictions_are_set_three_to_a_row():
+    fig = plots.predictions([(*scene(), scene(i)[1]) for i in range(5)], list('abcde'))
+    assert len(fig.axes) == 15 and [a.get_ylabel() for a in fig.axes[::3]] == list('abcde') and fig.get_figwidth() <= plots.WIDTH
+    tops = [round(a.get_position().y1, 3) for a in fig.axes[::3]]
+    assert tops[0] == tops[1] == tops[2] > tops[3] == tops[4]
 
 def test_bars_draw_the_numbers():
     fig = plots.bars_with_intervals(summary())

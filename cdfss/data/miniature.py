@@ -424,7 +424,7 @@ def source_scene(rng, index: int):
     place = SOURCE[first].places[rng.integers(len(SOURCE[first].places))]
     fitting = [n for n in names if place in SOURCE[n].places]
     image, stand = backdrop(rng, place, SIZE)
-    clutter(rng, image, rng.integers(0, 4), .3)
+    clutter(rng, image, int(rng.integers(0, 4)), .3)
     things = [first, *rng.choice(fitting, rng.choice(3, p=(.5, .33, .17)))]
     scales, light = np.sort(rng.uniform(.15, .33, len(things)) * (1 if len(things) > 1 else 1.2)), rng.uniform(-1, 1)
     while True:                                                              # place again where a thing would be hidden or out of sight
@@ -446,7 +446,7 @@ def near_scene(rng, name: str):
     place = thing.places[rng.integers(len(thing.places))]
     image, stand = backdrop(rng, place, SIZE)
     if rng.random() < .2: image = np.array(mix(vivid(rng), vivid(rng), texture(rng, 'plain', SIZE)))
-    clutter(rng, image, rng.integers(0, 4), .3)
+    clutter(rng, image, int(rng.integers(0, 4)), .3)
     while True:
         picture = image.copy()
         mask = _stage(rng, picture, rng.uniform(.75, .95), thing, rng.uniform(.24, .42), rng.uniform(-1, 1))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from ..basics import atomic_write
+from ..basics import InputError, atomic_write
 from ..data.images import ImageStore, collate, to_input
 from ..data.manifests import Manifest
 from .fit import autocast
@@ -129,7 +129,8 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
     for start in range(0, len(manifest), block):
         part = parts/f'{manifest.dataset}-{manifest.shot}shot-epoch{epoch}-{start}.parquet' if parts else None
         if part and part.exists():
-            frames.append(pd.read_parquet(part))
+            try: frames.append(pd.read_parquet(part, page_checksum_verification=True))
+            except Exception: raise InputError(f"{part} is damaged; remove the run's resume folder and run the same command again") from None
             continue
         rows = []
         for i in range(start, min(start + block, len(manifest)), batch):
@@ -145,7 +146,7 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
                               supports=';'.join(manifest.ids[i + j][1:]), cls=e[2], **dict(zip(COUNTS, map(int, c[j]))), seconds=each)
                          for j, e in enumerate(episodes)]
         frame = pd.DataFrame(rows)
-        if part: atomic_write(part, lambda p: frame.to_parquet(p, index=False))
+        if part: atomic_write(part, lambda p: frame.to_parquet(p, index=False, write_page_checksum=True))
         frames.append(frame)
     if features: seconds |= {k: v for k, v in features.seconds.items() if k == 'encode'}
     if own: own.__exit__()

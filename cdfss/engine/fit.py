@@ -22,7 +22,7 @@ class FitOptions(Options):
     fit_episodes:int|None  = option(None, "source episodes an epoch", low=1)
     batch:int              = option(8, "episodes a step", low=1)
     fit_shot:int           = option(1, "supports of a training episode", low=1)
-    lr:float|None          = option(None, "learning rate of SGD", low=0)
+    lr:float               = option(1e-3, "learning rate of SGD (SSP: 0.001)", low=0)
     schedule:str           = option('step', "step: a tenth at 1/3 and 2/3 of all steps (SSP); constant; poly: power 0.9", choices=('step', 'constant', 'poly'))
     momentum:float         = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay:float     = option(5e-4, "weight decay of SGD", low=0)

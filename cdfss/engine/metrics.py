@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'METRICS', 'confusion', 'to_frame', 'class_miou', 'fb_iou', 'mean_episode_iou', 'ifa_compat', 'bootstrap',
-           'paired_bootstrap', 'seed_interval', 'over_seeds']
+           'paired_bootstrap', 'bootstrap_mean', 'paired_bootstrap_mean', 'seed_interval', 'over_seeds']
 
 # %% ../../nbs/engine/31_metrics.ipynb #29a2902e
 from typing import Iterable, Sequence
@@ -48,7 +48,8 @@ def _rows(frame:pd.DataFrame) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "
 def _sums(cls:Int[np.ndarray, "n"], rows:Float[np.ndarray, "n 6"], classes:Int[np.ndarray, "c"]|None=None) -> Float[np.ndarray, "c 6"]:
     "The rows added up per class, over the classes drawn or over `classes`."
     if classes is None: classes = np.unique(cls)
-    if lost := set(cls.tolist()) - set(classes.tolist()): raise InputError(f"classes lacks {sorted(lost)} that were drawn: add them, or select episodes")
+    lost = set(cls.tolist()) - set(classes.tolist())
+    if lost: raise InputError(f"classes lacks {sorted(lost)} that were drawn: add them, or select episodes")
     sums = np.zeros((len(classes), rows.shape[1]))
     np.add.at(sums, np.searchsorted(classes, cls), rows)
     return sums
@@ -145,16 +146,14 @@ def _episode_keys(frame:pd.DataFrame, columns:Sequence[str]) -> list[tuple]:
     plain = lambda v: v if isinstance(v, str) or np.isscalar(v) else tuple(v)
     return [tuple(map(plain, row)) for row in zip(*(frame[c] for c in columns))]
 
-def paired_bootstrap(frame_a:pd.DataFrame, frame_b:pd.DataFrame, metric:str='class_miou', draws:int=2000, level:float=.95,
-                     seed:int=0) -> tuple[float, float, float]:
-    """Metric of `frame_b` minus metric of `frame_a` with its percentile interval, in points: (difference, low, high).
-    Both must hold the same episodes (target, shot, index, query, supports and class, as far as recorded), else `InputError`;
-    rows are put in the order of `index` first."""
+def _paired(frame_a:pd.DataFrame, frame_b:pd.DataFrame, metric:str, draws:int, seed:int) -> tuple[float, Float[np.ndarray, "draws"]]:
+    "The difference B - A, and that of each resample."
     of = _from_sums(metric)
     identity = ('target', 'shot', 'index', 'query', 'supports', 'cls')
     columns = [c for c in identity if c in frame_a or c in frame_b]
     for name, f in (('first', frame_a), ('second', frame_b)):
-        if lacking := [c for c in columns if c not in f]: raise InputError(f"the {name} table of episodes lacks {', '.join(lacking)}, the other has it")
+        lacking = [c for c in columns if c not in f]
+        if lacking: raise InputError(f"the {name} table of episodes lacks {', '.join(lacking)}, the other has it")
     if 'index' in columns: frame_a, frame_b = (f.sort_values('index', kind='stable') for f in (frame_a, frame_b))
     (cls, rows_a), (_, rows_b) = _rows(frame_a), _rows(frame_b)
     if len(frame_a) != len(frame_b): raise InputError(f"the tables hold {len(frame_a)} and {len(frame_b)} episodes: evaluate both on one manifest")
@@ -164,7 +163,33 @@ def paired_bootstrap(frame_a:pd.DataFrame, frame_b:pd.DataFrame, metric:str='cla
             raise InputError(f"the tables hold different episodes, first {what}: evaluate both on one manifest")
     sums = _resample(cls, np.concatenate([rows_a, rows_b], axis=1), draws, seed)
     difference = of(_sums(cls, rows_b)) - of(_sums(cls, rows_a))
-    return float(difference), *_middle(of(sums[..., 6:]) - of(sums[..., :6]), level)
+    return float(difference), of(sums[..., 6:]) - of(sums[..., :6])
+
+def paired_bootstrap(frame_a:pd.DataFrame, frame_b:pd.DataFrame, metric:str='class_miou', draws:int=2000, level:float=.95,
+                     seed:int=0) -> tuple[float, float, float]:
+    """Metric of `frame_b` minus metric of `frame_a` with its percentile interval, in points: (difference, low, high).
+    Both must hold the same episodes (target, shot, index, query, supports and class, as far as recorded), else `InputError`;
+    rows are put in the order of `index` first."""
+    difference, drawn = _paired(frame_a, frame_b, metric, draws, seed)
+    return difference, *_middle(drawn, level)
+
+# %% ../../nbs/engine/31_metrics.ipynb #75a5260e
+def _mean_of(parts:Iterable[tuple[float, Float[np.ndarray, "draws"]]], level:float) -> tuple[float, float, float]:
+    parts = list(parts)
+    if not parts: raise InputError("no table of episodes was given: a mean over targets needs at least one")
+    values, drawn = zip(*parts)
+    return float(np.mean(values)), *_middle(np.mean(drawn, axis=0), level)
+
+def bootstrap_mean(frames:Iterable[pd.DataFrame], metric:str='class_miou', draws:int=2000, level:float=.95, seed:int=0) -> tuple[float, float, float]:
+    """The mean of a metric over targets, one table of episodes each, with its percentile interval, in percent: (value, low, high).
+    Raises `InputError` without a table, and what `bootstrap` raises."""
+    of, rows = _from_sums(metric), [_rows(f) for f in frames]
+    return _mean_of(((of(_sums(*r)), of(_resample(*r, draws, seed + k))) for k, r in enumerate(rows)), level)
+
+def paired_bootstrap_mean(pairs:Iterable[tuple[pd.DataFrame, pd.DataFrame]], metric:str='class_miou', draws:int=2000, level:float=.95,
+                          seed:int=0) -> tuple[float, float, float]:
+    "The mean over targets of `paired_bootstrap`'s difference, from a pair of tables for each target: (difference, low, high)."
+    return _mean_of((_paired(a, b, metric, draws, seed + k) for k, (a, b) in enumerate(pairs)), level)
 
 # %% ../../nbs/engine/31_metrics.ipynb #77fe06d6
 def seed_interval(values:Iterable[float], level:float=.95) -> tuple[float, float, float]:

@@ -4,12 +4,13 @@
 __all__ = ['injected', 'read_parameters', 'one_line_errors', 'parameters_cell', 'environment', 'run_hash', 'Run', 'save_state',
            'load_state_file']
 
-# %% ../../nbs/engine/35_runs.ipynb #f614abbb
-import ast, contextlib, dataclasses, fcntl, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, types, typing
+# %% ../../nbs/engine/35_runs.ipynb #2413e2e9
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, types, typing, zipfile
 from functools import cached_property
 from pathlib import Path
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 import cdfss
 from ..basics import InputError, Options, atomic_write, check_option, file_hash, unknown, write_json
 
@@ -96,10 +97,13 @@ class Run:
     def working(self):
         "Hold the folder while computing in it; a second process on it is refused in one line."
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path/'.lock', 'w') as f:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError: raise InputError(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
+        lock = FileLock(self.path/'.lock')
+        try: lock.acquire(timeout=0)
+        except Timeout: raise InputError(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
+        try:
+            for left in self.path.rglob('.*.part'): left.unlink()                            # half written by a process that was killed
             yield self
+        finally: lock.release()
 
 # %% ../../nbs/engine/35_runs.ipynb #3fe26529
 def save_state(path:str|Path, state:dict):
@@ -110,7 +114,9 @@ def load_state_file(path:str|Path) -> dict|None:
     "The resume state, or None when there is none; a damaged one is set aside with a printed line, never trusted."
     path = Path(path)
     if not path.exists(): return None
-    try: return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if (wrong := zipfile.ZipFile(path).testzip()): raise ValueError(wrong)           # torch does not look at the checksums it writes
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         path.rename(path.with_suffix('.damaged'))
         print(f"{path.name} is damaged ({type(e).__name__}); it is set aside and this part starts anew", file=sys.stderr)

@@ -52,8 +52,8 @@ class RunOptions(Options):
 
 NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings
-SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, lr=3e-3, backbone='miniature'),
-              real=dict(size=400, epochs=20, fit_episodes=1200, lr=1e-3, backbone='resnet50'))
+SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
+              real=dict(size=400, epochs=20, fit_episodes=1200, backbone='resnet50'))
 
 def _settings() -> type[Options]:
     "RunOptions, FitOptions, BackboneOptions and all method options as one flat class."

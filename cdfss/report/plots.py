@@ -26,9 +26,11 @@ GREY, WIDTH = '#6B6B6B', 7.2
 STYLE = {
     'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 8.5, 'axes.labelsize': 8, 'xtick.labelsize': 7.5, 'ytick.labelsize': 7.5,
     'legend.fontsize': 7.5, 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .6,
-    'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#DDDDDD', 'grid.linewidth': .5, 'axes.axisbelow': True, 'lines.linewidth': 1.4, 'lines.markersize': 3.5,
+    'axes.grid': True, 'axes.grid.axis': 'y', 'grid.color': '#DDDDDD', 'grid.linewidth': .5, 'axes.axisbelow': True,
+    'lines.linewidth': 1.4, 'lines.markersize': 3.5,
     'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'axes.titlelocation': 'left',
-    'figure.dpi': 80, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white', 'svg.hashsalt': 'cdfss', 'image.interpolation': 'nearest'}
+    'figure.dpi': 80, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white',
+    'svg.hashsalt': 'cdfss', 'image.interpolation': 'nearest'}
 
 def style() -> contextlib.AbstractContextManager:
     "The house style as a context: `with style(): ...`."
@@ -44,8 +46,9 @@ def _house(draw:Callable[..., Figure]) -> Callable[..., Figure]:
         return fig
     return styled
 
-# %% ../../nbs/report/51_plots.ipynb #f6005ee7
-DATASET_COLOURS = dict(voc=BLACK, fss=BLUE, deepglobe=GREEN, isic=RED, chest=PINK, cracks=ORANGE, kvasir=SKY, nuclei=GREY, davis='#999933', mean=GREY)
+# %% ../../nbs/report/51_plots.ipynb #2d327064
+DATASET_COLOURS = dict(voc=BLACK, fss=BLUE, deepglobe=GREEN, isic=RED, chest=PINK,
+                       cracks=ORANGE, kvasir=SKY, nuclei=GREY, davis='#999933', mean=GREY)
 FAMILY_COLOURS = dict(base=GREY, loec=RED, lfm=BLUE, ifa=GREEN, hsl=PINK, pahnet=ORANGE, several=SKY, other='#999933')
 def family(method:str) -> str:
     """The paper whose modules a recipe uses (the notebook that registers them): `base` for none, `several` for more than one, `other` if unknown.
@@ -119,11 +122,14 @@ def episodes(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
 @_house
 def predictions(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
     """Rows of support | query with its true outline | prediction as found, missed, false alarm. `items` are (support, support mask, query,
-    query mask, prediction) or these and a mask of ignored pixels, drawn grey and left out of the IoU. `titles` name the rows."""
+    query mask, prediction) or these and a mask of ignored pixels, drawn grey and left out of the IoU. `titles` name the items. More than four
+    items are set three to a row, so that best, median and worst of a target share one."""
     if not len(items): raise InputError("items is empty: give at least one prediction to draw")
-    n = len(items)
-    fig, axes = plt.subplots(n, 3, figsize=(3*1.3 + .3, 1.42*n + .35), squeeze=False)
-    for row, (support, support_mask, query, truth, guess, *ignore), name in zip(axes, items, [*titles, *['']*n]):
+    across = 3 if len(items) > 4 else 1
+    n, side = -(-len(items)//across), 1.3 if across == 1 else .76
+    fig, axes = plt.subplots(n, 3*across, figsize=(3*across*side + .3, (side + .15)*n + .5), squeeze=False)
+    panels = axes.reshape(-1, 3)
+    for row, (support, support_mask, query, truth, guess, *ignore), name in zip(panels, items, [*titles, *['']*len(items)]):
         truth, guess = np.asarray(truth, dtype=bool), np.asarray(guess, dtype=bool)
         void = np.asarray(ignore[0], dtype=bool) if ignore else np.zeros_like(truth)
         union = ((truth | guess) & ~void).sum()
@@ -135,17 +141,28 @@ def predictions(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
         _tint(row[2], void, '#BBBBBB', .8)
         row[2].set_title(f'IoU {100*iou:.0f} %', loc='center')
         row[0].set_ylabel(name)
-    for ax, name in zip(axes[0, :2], ('support', 'query and truth')): ax.set_title(name, loc='center')
+    for block in range(min(across, len(items))):
+        for ax, name in zip(axes[0, 3*block:], ('support', 'query, truth')): ax.set_title(name, loc='center')
+    for ax in panels[len(items):].flat: ax.remove()
     fig.legend(handles=[Patch(color=c, alpha=.6, label=t) for c, t in ((GREEN, 'found'), (BLUE, 'missed'), (RED, 'false alarm'))],
                loc='outside lower center', ncols=3, handlelength=1, handleheight=1)
     return fig
 
-# %% ../../nbs/report/51_plots.ipynb #6c899a72
+# %% ../../nbs/report/51_plots.ipynb #84ae96a1
+def _filled(name:str, frame:pd.DataFrame, *columns:str) -> pd.DataFrame:
+    "The rows whose value, the last of `columns`, is there. Raises `InputError` for a missing column, or when no row is left."
+    lacking = [c for c in columns if c not in frame]
+    if lacking: raise InputError(f"{name} lacks the columns {', '.join(lacking)}: it has {', '.join(map(str, frame.columns))}")
+    frame = frame.dropna(subset=columns[-1])
+    if not len(frame): raise InputError(f"{name} holds no {columns[-1]}: give at least one row with a value")
+    return frame
+
 def _over_seeds(rows:pd.DataFrame) -> pd.DataFrame:
     "One row per epoch: over several seeds their mean with its t-interval."
     if not rows['epoch'].duplicated().any(): return rows.sort_values('epoch')
     if 'seed' not in rows or rows.duplicated(['epoch', 'seed']).any():
-        raise InputError(f"tidy has several rows for {rows['method'].iloc[0]} on {rows['target'].iloc[0]} at one epoch: tell them apart by the column seed")
+        raise InputError(f"tidy has several rows for {rows['method'].iloc[0]} on {rows['target'].iloc[0]} at one epoch: "
+                         "tell them apart by the column seed")
     out = [(e, *(seed_interval(g['miou']) if len(g) > 1 else (g['miou'].iloc[0], np.nan, np.nan))) for e, g in rows.groupby('epoch')]
     return pd.DataFrame(out, columns=['epoch', 'miou', 'low', 'high'])
 
@@ -161,24 +178,24 @@ def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict):
         peak = g.loc[g['miou'].idxmax()]
         ax.plot(peak['epoch'], peak['miou'], 'o', ms=7.5, mfc='none', mec=look['color'], mew=1)
         ax.annotate(f"{peak['miou']:.1f}", (peak['epoch'], peak['miou']), xytext=(0, 7 if method == highest else -7), textcoords='offset points',
-                    ha='center', va='bottom' if method == highest else 'top', fontsize=7, color=look['color'], path_effects=[withStroke(linewidth=2, foreground='white')])
+                    ha='center', va='bottom' if method == highest else 'top', fontsize=7, color=look['color'],
+                    path_effects=[withStroke(linewidth=2, foreground='white')])
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True, min_n_ticks=1))
     ax.margins(y=.2)
 
 @_house
 def trajectory(tidy:pd.DataFrame, ax:Axes|None=None, source:str='voc') -> Figure:
-    """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method, miou and may have low,
-    high and seed (see `tables.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
+    """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method,
+    miou and may have low, high and seed (see `tables.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
     Raises `InputError` for missing columns, no rows, or rows that cannot be told apart."""
-    if lacking := [c for c in ('epoch', 'target', 'method', 'miou') if c not in tidy]: raise InputError(f"tidy lacks the columns {', '.join(lacking)}")
-    tidy = tidy.dropna(subset='miou')
-    if not len(tidy): raise InputError("tidy holds no mIoU: evaluate at least one epoch")
+    tidy = _filled('tidy', tidy, 'epoch', 'target', 'method', 'miou')
     if 'shot' in tidy and tidy['shot'].nunique() > 1: raise InputError("tidy mixes shots: select one, tidy[tidy.shot == 1]")
     targets = sorted(in_order(tidy['target']), key=lambda t: t != source)
     looks, (first, last) = method_styles(tidy['method']), (tidy['epoch'].min(), tidy['epoch'].max())
     if ax is None:
         columns = len(targets) if len(targets) <= 5 else 4
-        fig, axes = plt.subplots(-(-len(targets)//columns), columns, figsize=(max(min(1.8*columns, WIDTH), 2.6), 1.7*-(-len(targets)//columns) + .45), squeeze=False)
+        lines = -(-len(targets)//columns)
+        fig, axes = plt.subplots(lines, columns, figsize=(max(min(1.8*columns, WIDTH), 2.6), 1.7*lines + .45), squeeze=False)
         axes = list(axes.flat)
     elif len(targets) > 1: raise InputError(f"tidy holds {len(targets)} targets but ax is one panel: select one target")
     else: fig, axes = ax.figure, [ax]
@@ -204,7 +221,7 @@ def _lighter(colour:str, n:int) -> tuple:
 def _bar_panel(ax:Axes, rows:pd.DataFrame, methods:list[str], colours:dict):
     targets = [t for t in in_order(rows['target']) if t != 'mean'] + ['mean']*('mean' in set(rows['target']))
     width = .82/len(methods)
-    at = {t: k + .35*(t == 'mean') for k, t in enumerate(targets)}        # the mean stands a little apart
+    at = {t: k + .2*(t == 'mean') for k, t in enumerate(targets)}        # the mean stands a little apart
     room = ax.figure.get_figwidth()*ax.get_subplotspec().get_gridspec().ncols**-1*.85/len(targets)*width
     for k, method in enumerate(methods):
         g = rows[rows['method'] == method]
@@ -221,9 +238,7 @@ def _bar_panel(ax:Axes, rows:pd.DataFrame, methods:list[str], colours:dict):
 def bars_with_intervals(summary:pd.DataFrame, ax:Axes|None=None, label:str='class mIoU (%)') -> Figure:
     """Grouped bars of `summarise`'s rows (method, target, shot, value, low, high), a panel per shot. With `ax` the rows must be of one shot.
     Raises `InputError` for missing columns or no rows."""
-    if lacking := [c for c in ('method', 'target', 'shot', 'value', 'low', 'high') if c not in summary]: raise InputError(f"summary lacks the columns {', '.join(lacking)}")
-    summary = summary.dropna(subset='value')
-    if not len(summary): raise InputError("summary is empty: give at least one result")
+    summary = _filled('summary', summary, 'method', 'target', 'shot', 'low', 'high', 'value')
     methods, shots, seen, colours = list(dict.fromkeys(summary['method'])), sorted(summary['shot'].unique()), {}, {}
     for m in methods:
         seen[family(m)] = seen.get(family(m), -1) + 1
@@ -247,9 +262,7 @@ def bars_with_intervals(summary:pd.DataFrame, ax:Axes|None=None, label:str='clas
 def by_stage(frame:pd.DataFrame, value:str, ax:Axes|None=None, label:str='') -> Figure:
     """A line per data set over the backbone stages, in their order of appearance: `frame` has stage, target and the column `value`, and
     may have low and high. `label` is the axis text with its unit. Raises `InputError` for missing columns or no rows."""
-    if lacking := [c for c in ('stage', 'target', value) if c not in frame]: raise InputError(f"frame lacks the columns {', '.join(lacking)}")
-    frame = frame.dropna(subset=value)
-    if not len(frame): raise InputError(f"frame holds no {value}: give at least one stage")
+    frame = _filled('frame', frame, 'stage', 'target', value)
     fig = ax.figure if ax is not None else plt.figure(figsize=(3.4, 2.1))
     ax = ax if ax is not None else fig.add_subplot()
     at = {stage: k for k, stage in enumerate(dict.fromkeys(frame['stage']))}

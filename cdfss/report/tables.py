@@ -24,13 +24,15 @@ def results(run_dirs:Iterable[str|Path]) -> pd.DataFrame:
     for run in map(Run, run_dirs):
         metrics, env, recipe = run.metrics, run.env, run.params['method']
         for r in metrics['results']:
-            rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'], manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8],
-                             seed=metrics['seed'], epoch=metrics['epoch'], commit=_commit(env), device=env['device']))
+            rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'],
+                             manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8], seed=metrics['seed'], epoch=metrics['epoch'],
+                             commit=_commit(env), device=env['device']))
     if not rows: raise InputError("run_dirs holds no results: give at least one folder of a finished run")
     return pd.DataFrame(rows)
 
-# %% ../../nbs/report/50_tables.ipynb #bc2c614d
-METRIC_LABELS = dict(class_miou='class mIoU', fb_iou='FB-IoU', mean_episode_iou='mean episode IoU', ifa_compat='IFA-compatible value (not a class mIoU)')
+# %% ../../nbs/report/50_tables.ipynb #f282a43b
+METRIC_LABELS = dict(class_miou='class mIoU', fb_iou='FB-IoU', mean_episode_iou='mean episode IoU',
+                     ifa_compat='IFA-compatible value (not a class mIoU)')
 TARGET_ORDER = ('voc', 'fss', 'deepglobe', 'isic', 'chest')                      # the order of the field's tables; others follow
 
 def in_order(targets:Iterable[str]) -> list[str]:
@@ -92,7 +94,8 @@ def wide(results:pd.DataFrame, metric:str='class_miou') -> pd.DataFrame:
     "The field's table as text: rows methods, columns targets by shot, cells `43.1 [41.0, 45.2]`; the caption is in `.attrs['caption']`."
     s, results = summarise(results, metric), _own_runs(results)
     text = [f'{v:.1f}' if math.isnan(l) else f'{v:.1f} [{l:.1f}, {h:.1f}]' for v, l, h in zip(s['value'], s['low'], s['high'])]
-    order = [(t, n) for n in sorted(s['shot'].unique()) for t in [*in_order(results['target']), 'mean'] if len(s.query('target == @t and shot == @n'))]
+    present = set(zip(s['target'], s['shot']))
+    order = [(t, n) for n in sorted(s['shot'].unique()) for t in [*in_order(results['target']), 'mean'] if (t, n) in present]
     table = s.assign(cell=text).pivot(index='method', columns=['target', 'shot'], values='cell')
     table = table.reindex(index=list(dict.fromkeys(results['method'])), columns=order).fillna('-')
     table.columns = [f'{t} {n}-shot' for t, n in order]
@@ -141,11 +144,12 @@ def progress_line(row:Mapping[str, Any], epochs:int, columns:Sequence[str]=()) -
     cell = lambda name, spec: '-' if row.get(name) is None or math.isnan(row[name]) else format(row[name], spec)
     left = _duration(row['seconds']*(epochs - row['epoch'])) if row['epoch'] else '-'
     return (f"{str(row['epoch']) + '/' + str(epochs):>9} {cell('loss', '.4f'):>8} {cell('source_miou', '.1f'):>7}"
-            + ''.join(f' {cell(c, ".1f"):>{max(len(n), 7)}}' for c, n in zip(columns, _labels(columns))) + f" {_duration(row['seconds']):>7} {left:>7}")
+            + ''.join(f' {cell(c, ".1f"):>{max(len(n), 7)}}' for c, n in zip(columns, _labels(columns)))
+            + f" {_duration(row['seconds']):>7} {left:>7}")
 
 # %% ../../nbs/report/50_tables.ipynb #6551710d
 def tidy_episodes(episodes:pd.DataFrame, metric:str='class_miou', draws:int=500) -> pd.DataFrame:
     "Rows epoch, target, shot, method, miou, low, high (percent) from a table of episodes that may hold several epochs, targets, shots and methods."
     keys = ['epoch', 'target', 'shot', 'method']
-    return pd.DataFrame([dict(zip([*keys, 'miou', 'low', 'high'], [*key, *bootstrap(g, metric, draws)])) for key, g in episodes.groupby(keys, sort=False)],
-                        columns=[*keys, 'miou', 'low', 'high'])
+    rows = [(*key, *bootstrap(g, metric, draws)) for key, g in episodes.groupby(keys, sort=False)]
+    return pd.DataFrame(rows, columns=[*keys, 'miou', 'low', 'high'])

@@ -1,0 +1,175 @@
+"Evaluation: counts are a function of weights and episodes, however they are batched, cached, ordered or decoded."
+import dataclasses
+import numpy as np
+import pandas as pd
+import pytest, torch
+from cdfss.data.images import ImageStore, collate
+from cdfss.data.layouts import open_dataset
+from cdfss.data.manifests import draw
+from cdfss.engine.evaluate import FeatureStore, evaluate, needed_stages, predict
+from cdfss.engine.metrics import COUNTS, confusion
+from cdfss.methods.seams import MODULES, Module, build
+from episodes import backbone
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+SIZE = 64
+KEYS = ['target', 'shot', 'method', 'epoch', 'index', 'query', 'supports', 'cls', *COUNTS]
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('decoded')
+
+@pytest.fixture(scope='module')
+def store(miniature, cache): return ImageStore(open_dataset('isic', miniature), SIZE, cache=cache)
+
+@pytest.fixture(scope='module')
+def manifests(store): return {k: draw('patnet', store.dataset, k, 0, 20) for k in (1, 5)}
+
+@pytest.fixture(scope='module')
+def methods():
+    net = backbone()
+    return {r: build(r, net).eval() for r in ('ssp', 'ssp+lcm', 'prototype')}
+
+def rows(frame): return frame[KEYS].sort_values(['method', 'index'], ignore_index=True)
+
+def images_of(store, manifest): return len({store.key(p) for q, s, _ in manifest.episodes for p in (q, *s)})
+
+@pytest.fixture(scope='module')
+def plain(methods, store, manifests):
+    "Counts by the plain path: every episode alone, through `forward`, and counted pixel by pixel."
+    found = {}
+    for shot, m in manifests.items():
+        made = []
+        for name, s in methods.items():
+            for i, e in enumerate(m.episodes):
+                batch = collate(store, [e], s.backbone.mean, s.backbone.std)
+                with torch.no_grad(): p = s(batch).mask & ~batch.ignore
+                t, seen = batch.query_mask & ~batch.ignore, ~batch.ignore
+                counts = dict(tp=(p & t).sum(), fp=(p & ~t).sum(), fn=(~p & t).sum(), tn=(~p & ~t & seen).sum())
+                made.append(dict(target='isic', shot=shot, method=name, epoch=3, index=i, query=m.ids[i][0], supports=';'.join(m.ids[i][1:]), cls=e[2],
+                                 **{k: int(counts[k]) for k in COUNTS}))
+        found[shot] = rows(pd.DataFrame(made))
+    return found
+
+@pytest.mark.parametrize('shot', [1, 5])
+def test_counts_are_those_of_single_episodes(plain, methods, store, manifests, shot):
+    assert plain[shot].tp.sum() > 0 and plain[shot][plain[shot].method == 'ssp'].tp.tolist() != plain[shot][plain[shot].method == 'prototype'].tp.tolist()
+    assert (plain[shot][list(COUNTS)].sum(axis=1) == SIZE*SIZE).all()
+    pd.testing.assert_frame_equal(rows(evaluate(methods, store, manifests[shot], epoch=3)), plain[shot])
+
+@pytest.mark.parametrize('how', [dict(batch=1), dict(batch=3), dict(batch=16), dict(block=7), dict(block=7, batch=3), dict(block=1), dict(batch=999)])
+@pytest.mark.parametrize('shot', [1, 5])
+def test_counts_do_not_depend_on_batch_or_block(plain, methods, store, manifests, shot, how):
+    pd.testing.assert_frame_equal(rows(evaluate(methods, store, manifests[shot], epoch=3, **how)), plain[shot])
+
+@pytest.mark.parametrize('memory,disk', [(0, 8e9), (0, 0), (3e5, 8e9), (3e5, 2e5), (2e9, 0)])
+def test_counts_do_not_depend_on_memory(plain, methods, store, manifests, memory, disk):
+    with FeatureStore(methods['ssp'], store, needed_stages(methods), memory=memory, disk=disk) as features:
+        frame = evaluate(methods, store, manifests[5], epoch=3, features=features, batch=4)
+        folder, encoded = features.folder, features.encoded
+        if memory < 1e9: assert (folder is not None) == (disk > 0)
+        if memory > 1e9 or disk > 1e9: assert encoded == images_of(store, manifests[5])
+        else: assert encoded > images_of(store, manifests[5])
+    assert folder is None or not folder.exists(), 'the spilled features were left behind'
+    pd.testing.assert_frame_equal(rows(frame), plain[5])
+
+def test_a_full_disk_only_costs_time(plain, methods, store, manifests, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('cdfss.engine.evaluate.atomic_write', full)
+    with FeatureStore(methods['ssp'], store, needed_stages(methods), memory=3e5) as features:
+        frame = evaluate(methods, store, manifests[1], epoch=3, features=features, batch=4)
+    pd.testing.assert_frame_equal(rows(frame), plain[1])
+
+def test_every_image_is_encoded_once(methods, store, manifests):
+    with FeatureStore(methods['ssp'], store, needed_stages(methods)) as features:
+        evaluate(methods, store, manifests[1], epoch=3, features=features)
+        first = features.encoded
+        assert first == images_of(store, manifests[1]) < 40
+        evaluate(methods, store, manifests[1], epoch=3, features=features)
+        assert features.encoded == first
+        evaluate(methods, store, manifests[5], epoch=3, features=features)
+        both = {store.key(p) for m in manifests.values() for q, s, _ in m.episodes for p in (q, *s)}
+        assert features.encoded == len(both)
+
+def test_copies_of_an_image_are_encoded_once(methods, store, cache):
+    d = store.dataset
+    twice = dataclasses.replace(d, items=[*d.items, *(dataclasses.replace(it, id=f'copy/{it.id}') for it in d.items)])
+    both = ImageStore(twice, SIZE, cache=cache)
+    with FeatureStore(methods['ssp'], both, ('stage3',)) as features:
+        got = features.get([0, len(d), 1, len(d) + 1])['stage3']
+        assert features.encoded == 2 and torch.equal(got[0], got[1]) and torch.equal(got[2], got[3]) and not torch.equal(got[0], got[2])
+
+def test_order_of_the_episodes_does_not_matter(plain, methods, store, manifests):
+    m, order = manifests[1], np.random.default_rng(0).permutation(20)
+    other = dataclasses.replace(m, episodes=[m.episodes[i] for i in order], ids=[m.ids[i] for i in order])
+    frame = evaluate(methods, store, other, epoch=3, batch=3)
+    frame['index'] = order[frame['index']]
+    pd.testing.assert_frame_equal(rows(frame), plain[1])
+
+@pytest.mark.parametrize('workers', [1, 4])
+def test_decoding_threads_do_not_matter(plain, methods, miniature, manifests, tmp_path, workers):
+    fresh = ImageStore(open_dataset('isic', miniature), SIZE, cache=tmp_path, workers=workers)
+    fresh.ensure()
+    pd.testing.assert_frame_equal(rows(evaluate(methods, fresh, manifests[1], epoch=3)), plain[1])
+
+@pytest.mark.parametrize('shot', [1, 5])
+def test_stored_features_give_the_masks_of_forward(methods, store, manifests, shot):
+    episodes = manifests[shot].episodes[:6]
+    with FeatureStore(methods['ssp'], store, needed_stages(methods)) as features:
+        stored, target, void = predict(methods, store, episodes, features)
+    direct, target2, void2 = predict(methods, store, episodes, None)
+    assert torch.equal(target, target2) and torch.equal(void, void2) and stored.keys() == direct.keys() == methods.keys()
+    assert all(torch.equal(stored[n], direct[n]) for n in stored)
+
+class Tilt(Module):
+    "Acts at the stage seam at test time, on the support: features can not be shared between roles."
+    seams, phases = ('stage',), ('test',)
+    def stage(self, name, x, role): return x.flip(-1) if (name, role) == ('stage1', 'support') else x
+
+def test_a_method_that_changes_encoding_is_encoded_per_episode(methods, store, manifests):
+    MODULES.register('tilt')(Tilt)
+    try: tilted = build('ssp+tilt', methods['ssp'].backbone).eval()
+    finally: del MODULES['tilt']
+    m = dataclasses.replace(manifests[1], episodes=manifests[1].episodes[:5], ids=manifests[1].ids[:5])
+    assert not tilted.shares_encoding and methods['ssp'].shares_encoding
+    frame = evaluate({'ssp': methods['ssp'], 'ssp+tilt': tilted}, store, m, epoch=0, batch=2)
+    batch = collate(store, m.episodes, tilted.backbone.mean, tilted.backbone.std)
+    for name, s in (('ssp', methods['ssp']), ('ssp+tilt', tilted)):
+        with torch.no_grad(): want = confusion(s(batch).mask, batch.query_mask, batch.ignore)
+        assert frame[frame.method == name][list(COUNTS)].to_numpy().tolist() == want.tolist()
+    assert frame[frame.method == 'ssp'].tp.tolist() != frame[frame.method == 'ssp+tilt'].tp.tolist()
+
+def test_only_the_stages_that_are_read_are_kept(methods):
+    assert needed_stages({'ssp': methods['ssp']}) == ('stage3',)
+    assert needed_stages(methods) == ('stem', 'stage3')
+
+def test_methods_of_training_mode_are_put_to_test(plain, methods, store, manifests):
+    for s in methods.values(): s.train()
+    pd.testing.assert_frame_equal(rows(evaluate(methods, store, manifests[1], epoch=3)), plain[1])
+    assert not any(s.training for s in methods.values())
+
+# ---- parts: finished blocks of an interrupted evaluation --------------------------------------------------------------------
+def test_finished_blocks_are_read_not_computed(plain, methods, store, manifests, tmp_path, monkeypatch):
+    calls = []
+    def stopping(*a, **k):
+        calls.append(1)
+        if len(calls) == 6: raise KeyboardInterrupt
+        return predict(*a, **k)
+    monkeypatch.setattr('cdfss.engine.evaluate.predict', stopping)
+    with pytest.raises(KeyboardInterrupt): evaluate(methods, store, manifests[1], epoch=3, batch=2, block=4, parts=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2, 'two whole blocks of two batches, and nothing of the third'
+    calls[:] = [0]*100
+    frame = evaluate(methods, store, manifests[1], epoch=3, batch=2, block=4, parts=tmp_path)
+    assert len(calls) == 100 + 6
+    pd.testing.assert_frame_equal(rows(frame), plain[1])
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped'])
+def test_a_damaged_block_is_not_trusted(methods, store, manifests, tmp_path, damage):
+    from cdfss.basics import InputError
+    evaluate(methods, store, manifests[1], epoch=3, block=10, parts=tmp_path)
+    part = sorted(tmp_path.iterdir())[0]
+    content = bytearray(part.read_bytes())
+    if damage == 'truncated': content = content[:len(content)//2]
+    else: content[len(content)//4] ^= 16
+    part.write_bytes(content)
+    with pytest.raises(InputError, match='damaged') as e: evaluate(methods, store, manifests[1], epoch=3, block=10, parts=tmp_path)
+    assert str(part) in str(e.value) and '\n' not in str(e.value)
