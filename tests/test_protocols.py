@@ -33,8 +33,8 @@ def test_counts_said_are_counts_drawn(tree, name):
         d = open_dataset(dataset, tree, p.split(dataset))
         m = p.draw(d, 1)
         assert m.rule == p.rule and m.seed == p.seeds[0]
-        if dataset != 'fss': assert len(m) == (p.target(dataset).episodes or len(d))
-    assert p.target('fss').episodes == 2400 and open_dataset('fss', tree, p.split('fss')).split == ('val' if name == 'ifa' else 'test')
+        assert len(m) == (p.target(dataset).episodes or len(d))
+    assert p.target('fss').images == 2400 and open_dataset('fss', tree, p.split('fss')).split == ('val' if name == 'ifa' else 'test')
 
 def test_a_data_set_the_protocol_does_not_name():
     assert PROTOCOLS['patnet'].split('kvasir') is None and PROTOCOLS['ifa'].target('kvasir').dataset == 'kvasir'

@@ -1,5 +1,5 @@
 "Runs repeat to the byte, survive being killed at any moment, and never leave a half result that looks whole."
-import errno, multiprocessing, random, time
+import errno, multiprocessing, random, signal
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -31,35 +31,28 @@ def values(miniature):
     return dict(data_root=str(miniature), backbone='miniature', weights='none', size=64, epochs=2, fit_episodes=32, lr=.003, batch=8, test_episodes=12,
                 track_episodes=12, samples=1, targets='isic,chest', shots='1')
 
-class Training:
-    "A process that trains, and what it said so far."
-    def __init__(self, values, cache, runs):
-        self.events, far = context.Pipe(duplex=False)
-        self.times = {}
-        self.process = context.Process(target=work, args=(values | dict(runs=str(runs)), cache, far))
-        self.process.start()
-        far.close()
+def training(values, cache, runs, end=None) -> tuple[int, dict[str, float]]:
+    "Exit code and events (with CPU times) of a process that trains."
+    near, far = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(values | dict(runs=str(runs)), cache, far, end))
+    process.start()
+    far.close()
+    events = {}
+    while True:
+        try: event, at = near.recv()
+        except EOFError: break
+        events.setdefault(event, at)
+    process.join()
+    return process.exitcode, events
 
-    def until(self, start:str) -> str|None:
-        "The first event that begins so; None when the process ends without it."
-        while True:
-            try: event = self.events.recv()
-            except EOFError: return None
-            self.times.setdefault(event.split(',')[0].split(' /')[0], time.time())
-            if event.startswith(start): return event
-
-    def kill(self):
-        self.process.kill()
-        self.process.join()
-        assert self.process.exitcode == -9, f'ended before it could be killed: {self.process.exitcode}'
+def found(events, start) -> str|None: return next((e for e in events if e.startswith(start)), None)
 
 def finished(values, cache, runs) -> Run:
-    t = Training(values, cache, runs)
-    end = t.until('done')
-    t.process.join()
-    assert end is not None and t.process.exitcode == 0
+    code, events = training(values, cache, runs)
+    end = found(events, 'done')
+    assert code == 0 and end, list(events)
     run = Run(end.removeprefix('done '))
-    run.left = {event: t.times['done'] - at for event, at in t.times.items()}
+    run.left = lambda start: events[end] - events[found(events, start)]
     return run
 
 TIMES = ['seconds', 'fit_seconds']
@@ -97,12 +90,14 @@ def test_another_seed_gives_another_run(undisturbed, values, cache, tmp_path):
 # ---- killed -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_killed_again_and_again_the_run_ends_the_same(undisturbed, values, cache, tmp_path, seed):
-    chance, run = random.Random(seed), Run(tmp_path/undisturbed.path.name)
-    for event in ('epoch 0', 'epoch 0', 'epoch 1', 'epoch 2', 'evaluating isic', 'evaluating chest'):
-        t = Training(values, cache, tmp_path)
-        assert t.until(event), f'no {event}'
-        time.sleep(chance.uniform(0, .4)*undisturbed.left[event])           # of the time that was left then in the undisturbed run
-        t.kill()
+    chance, run, left = random.Random(seed), Run(tmp_path/undisturbed.path.name), undisturbed.left
+    epoch, block = left('epoch 0') - left('epoch 1'), left('evaluating isic') - left('evaluating chest')
+    # progress adds up over the starts, so the later moments are chosen closer to their event
+    for event, most in (('epoch 0', epoch), ('epoch 0', .6*epoch), ('epoch 1', .3*epoch), ('epoch 2', block), ('evaluating isic', .7*block),
+                        ('evaluating chest', .3*left('evaluating chest'))):
+        moment = max(.001, chance.uniform(0, most))
+        code, events = training(values, cache, tmp_path, (event, moment))
+        assert code == -signal.SIGPROF and found(events, event) and not found(events, 'done'), (event, moment, code, list(events))
         assert not run.complete
     assert (run.path/'resume'/'state.pt').exists()
     last = finished(values, cache, tmp_path)
@@ -112,9 +107,8 @@ def test_killed_again_and_again_the_run_ends_the_same(undisturbed, values, cache
 def test_a_second_process_on_the_folder_is_refused(undisturbed, values, cache, tmp_path):
     run = Run(tmp_path/undisturbed.path.name)
     with run.working():
-        t = Training(values, cache, tmp_path)
-        said = t.until('refused')
-        t.process.join()
+        code, events = training(values, cache, tmp_path)
+    said = found(events, 'refused')
     assert str(run.path) in said and 'another process is working in this run folder' in said and '\n' not in said
     assert not run.complete and not (run.path/'weights.safetensors').exists()
     with run.working(): pass                                                 # and it is free again

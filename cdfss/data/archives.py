@@ -151,7 +151,7 @@ def extract(archive: str | Path, into: str | Path, max_bytes: int=MAX_BYTES, max
             if into.exists(): shutil.rmtree(into)                        # ours, by its record, with files lost since
             os.replace(part, into)
     except InputError: raise
-    except _DAMAGED as e: raise InputError(f"{archive}: cut or damaged archive ({e or type(e).__name__}): fetch it again") from e
+    except _DAMAGED as e: raise InputError(f"{archive}: cut or damaged archive ({(str(e) or type(e).__name__).splitlines()[0]}): fetch it again") from e
     except OSError as e:
         if e.errno is None: raise InputError(f"{archive}: cut or damaged archive ({e}): fetch it again") from e
         raise InputError(f"{into}: cannot unpack {archive.name} there ({e.strerror}): free space or choose another folder") from e

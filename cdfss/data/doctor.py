@@ -160,15 +160,16 @@ def _open_all(root: Path, findings: _Findings) -> dict[str, list[DataSet]]:
     opened = {}
     for name in DATASETS:
         if not any(_descend(root, h) for h in HOMES.get(name, ())): continue
-        splits = {'voc': ('trn', 'val'), 'fss': ('all',)}.get(name, (None,))
-        try: opened[name] = [open_dataset(name, root, s, on_error='skip') for s in splits]
-        except InputError as e:
-            findings.add(name, 'not ready', [e])
-            continue
-        for p in dict.fromkeys(p for d in opened[name] for p in d.problems):
+        splits = []
+        for s in {'voc': ('trn', 'val'), 'fss': ('all',)}.get(name, (None,)):
+            try: splits.append(open_dataset(name, root, s, on_error='skip'))
+            except InputError as e: findings.add(name, 'not ready', [e])
+        if not splits: continue
+        opened[name] = splits
+        for p in dict.fromkeys(p for d in splits for p in d.problems):
             findings.add(name, 'unreadable' if 'cannot be read' in p or 'expected an 8-bit' in p else 'missing partner', [p])
-        findings.add(name, 'as read', dict.fromkeys(n for d in opened[name] for n in d.notes if name != 'fss'))
-        if name == 'voc': findings.add(name, 'lists overlap', {it.id for it in opened[name][0].items} & {it.id for it in opened[name][1].items})
+        findings.add(name, 'as read', dict.fromkeys(n for d in splits for n in d.notes if name != 'fss'))
+        if len(splits) == 2: findings.add(name, 'lists overlap', {it.id for it in splits[0].items} & {it.id for it in splits[1].items})
     if 'fss' in opened: _fss_lists(root, opened['fss'][0], findings)
     if 'isic' in opened: _isic_folders(opened['isic'][0], findings)
     return opened

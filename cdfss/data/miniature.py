@@ -77,11 +77,14 @@ def _line(points, width, end=None): return stroke(spline(points, closed=False), 
 def _aeroplane(r):
     c, s = _one_of(r, WHITE, (.75, .78, .82), (.3, .45, .75)), vivid(r)
     w, back = r.uniform(.5, .85), r.uniform(-.3, .1)
-    return [Part(spline([(.05, -.05), (back - .15, -w), (back + .05, -w), (.4, 0)]), c * .8), Part(np.array([(-.95, -.6), (-.7, -.62), (-.45, -.05), (-.85, -.02)]), s),
+    return [Part(spline([(.05, -.05), (back - .15, -w), (back + .05, -w), (.4, 0)]), c * .8),
+            Part(np.array([(-.95, -.6), (-.7, -.62), (-.45, -.05), (-.85, -.02)]), s),
             Part(spline([(-1.05, -.12), (-.6, -.17), (.6, -.18), (.98, -.06), (1.02, .05), (.7, .16), (-.3, .17), (-.95, 0)]), c),
-            Part(spline([(.55, -.13), (.75, -.11), (.8, -.04), (.55, -.05)]), GLASS), Part(np.array([(-1.1, -.08), (-.75, -.1), (-.7, .0), (-1.15, .05)]), c * .75),
+            Part(spline([(.55, -.13), (.75, -.11), (.8, -.04), (.55, -.05)]), GLASS),
+            Part(np.array([(-1.1, -.08), (-.75, -.1), (-.7, .0), (-1.15, .05)]), c * .75),
             *[Part(ellipse(x, -.03, .035, .045), GLASS * .6) for x in np.linspace(-.55, .45, 7)],
-            Part(spline([(-.1, .05), (back - .35, w * .8), (back - .12, w * .82), (.35, .08)]), c * .9), Part(box(back, w * .35, back + .32, w * .35 + .16, .9), s * .8)]
+            Part(spline([(-.1, .05), (back - .35, w * .8), (back - .12, w * .82), (.35, .08)]), c * .9),
+            Part(box(back, w * .35, back + .32, w * .35 + .16, .9), s * .8)]
 
 
 @_thing(SOURCE, ('street', 'meadow', 'beach', 'forest'))
@@ -90,13 +93,16 @@ def _bicycle(r):
     k, t = (-.02, y), .08
     spokes = [Part(stroke([(x, y), (x + q * np.cos(a), y + q * np.sin(a))], .025), STEEL) for x in (-.55, .55) for a in np.arange(7) * .9]
     return [*_ring(-.55, y, q, .085, DARK), *_ring(.55, y, q, .085, DARK), *spokes,
-            *[Part(stroke(p, t), c) for p in ([(-.55, y), (-.22, -.25)], [(-.55, y), k], [k, (-.25, -.4)], [k, (.38, -.22)], [(-.22, -.2), (.38, -.25)], [(.55, y), (.34, -.48)])],
-            Part(box(-.42, -.5, -.08, -.38, .9), DARK), Part(_line([(.3, -.5), (.48, -.58), (.58, -.45)], .08), DARK), Part(ellipse(*k, .1, .1), STEEL)]
+            *[Part(stroke(p, t), c) for p in ([(-.55, y), (-.22, -.25)], [(-.55, y), k], [k, (-.25, -.4)], [k, (.38, -.22)],
+            [(-.22, -.2), (.38, -.25)], [(.55, y), (.34, -.48)])],
+            Part(box(-.42, -.5, -.08, -.38, .9), DARK), Part(_line([(.3, -.5), (.48, -.58), (.58, -.45)], .08), DARK),
+            Part(ellipse(*k, .1, .1), STEEL)]
 
 
 @_thing(SOURCE, ('meadow', 'beach', 'forest', 'snow', 'sea'), 'stands', .75)
 def _bird(r):
-    c, b = _one_of(r, (.75, .25, .2), (.25, .45, .75), (.5, .4, .3), (.85, .7, .2), (.35, .35, .4)), _one_of(r, (.9, .85, .75), (.85, .6, .4))
+    c, b = _one_of(r, (.75, .25, .2), (.25, .45, .75), (.5, .4, .3), (.85, .7, .2), (.35, .35, .4)), _one_of(r, (.9, .85, .75),
+            (.85, .6, .4))
     up = r.uniform(-.15, .1)
     return [*[Part(_line([(x, .4), (x + .02, .75), (x, .98), (x + .18, 1)], .06), (.75, .5, .2)) for x in (-.05, .15)],
             Part(np.array([(-.45, .1), (-1.1, .3 + up), (-1.0, .5 + up), (-.4, .35)]), c * .7, 'fur', .4),
@@ -109,22 +115,28 @@ def _bird(r):
 @_thing(SOURCE, ('sea',), 'floats')
 def _boat(r):
     c = vivid(r)
-    hull = Part(spline([(-1, .35), (-.9, .3), (0, .36), (.9, .25), (1.05, .25), (.75, .75), (.5, .82), (-.6, .82), (-.85, .7)]), c, 'wood', .15)
+    hull = Part(spline([(-1, .35), (-.9, .3), (0, .36), (.9, .25), (1.05, .25), (.75, .75), (.5, .82), (-.6, .82), (-.85, .7)]), c, 'wood',
+            .15)
     line = Part(np.array([(-.93, .5), (.9, .42), (.87, .5), (-.9, .58)]), WHITE)
     if r.random() < .55:
         sail = _one_of(r, WHITE, (.9, .75, .6), (.85, .3, .25))
-        return [Part(stroke([(0, .4), (0, -1.05)], .06), (.35, .25, .18)), Part(spline([(.06, -1), (.35, -.4), (.72, .18), (.06, .22)], steps=4), sail, 'plain', .15),
+        return [Part(stroke([(0, .4), (0, -1.05)], .06), (.35, .25, .18)),
+            Part(spline([(.06, -1), (.35, -.4), (.72, .18), (.06, .22)], steps=4), sail, 'plain', .15),
                 Part(np.array([(-.06, -.85), (-.06, .2), (-.62, .2)]), sail * .88), hull, line]
-    return [Part(box(-.55, -.1, .35, .4, .15), WHITE), *[Part(box(x, 0, x + .18, .18), GLASS) for x in (-.45, -.18, .09)], Part(box(-.35, -.4, .12, -.1), WHITE * .9),
+    return [Part(box(-.55, -.1, .35, .4, .15), WHITE), *[Part(box(x, 0, x + .18, .18), GLASS) for x in (-.45, -.18, .09)],
+            Part(box(-.35, -.4, .12, -.1), WHITE * .9),
             Part(box(-.2, -.8, .02, -.4), c * .8), Part(box(-.2, -.68, .02, -.58), WHITE), hull, line]
 
 
 @_thing(SOURCE, INSIDE, 'stands', .85)
 def _bottle(r):
-    c, w, neck = _one_of(r, (.15, .4, .2), (.35, .2, .08), (.3, .5, .65), (.7, .75, .7), (.55, .1, .12)), r.uniform(.3, .42), r.uniform(.12, .18)
+    c, w, neck = _one_of(r, (.15, .4, .2), (.35, .2, .08), (.3, .5, .65), (.7, .75, .7), (.55, .1, .12)), r.uniform(.3, .42), r.uniform(.12,
+            .18)
     y = r.uniform(-.45, -.2)
-    return [Part(spline([(-neck, -.95), (neck, -.95), (neck, y - .2), (w, y + .15), (w, .9), (w * .8, 1), (-w * .8, 1), (-w, .9), (-w, y + .15), (-neck, y - .2)]), c, 'plain', .15),
-            Part(box(-w * .98, .1, w * .98, .62), _one_of(r, WHITE, (.9, .8, .5), (.8, .2, .2)), r.choice(['plain', 'cells', 'dots'])), Part(box(-neck * 1.15, -1.08, neck * 1.15, -.86, .4), vivid(r)),
+    return [Part(spline([(-neck, -.95), (neck, -.95), (neck, y - .2), (w, y + .15), (w, .9), (w * .8, 1), (-w * .8, 1), (-w, .9),
+            (-w, y + .15), (-neck, y - .2)]), c, 'plain', .15),
+            Part(box(-w * .98, .1, w * .98, .62), _one_of(r, WHITE, (.9, .8, .5), (.8, .2, .2)), r.choice(['plain', 'cells', 'dots'])),
+            Part(box(-neck * 1.15, -1.08, neck * 1.15, -.86, .4), vivid(r)),
             Part(_line([(-w * .6, -.1), (-w * .65, .3), (-w * .6, .85)], .06), np.clip(c + .4, 0, 1))]
 
 
@@ -132,36 +144,49 @@ def _bottle(r):
 def _bus(r):
     c, top = vivid(r), r.uniform(-.75, -.55)
     panes = np.linspace(-.88, .5, 5)
-    return [Part(box(-1.05, top, 1.05, .72, .22), c), Part(box(-1.05, .32, 1.05, .44), WHITE * .9), Part(box(.72, top + .15, 1.02, .62, .2), GLASS * .7),
-            *[Part(box(x, top + .18, x + .27, .1, .25), GLASS) for x in panes], *[Part(ellipse(x, .7, .27, .27), c * .45) for x in (-.6, .5)], *_wheel(-.6, .75, .22), *_wheel(.5, .75, .22),
+    return [Part(box(-1.05, top, 1.05, .72, .22), c), Part(box(-1.05, .32, 1.05, .44), WHITE * .9),
+            Part(box(.72, top + .15, 1.02, .62, .2), GLASS * .7),
+            *[Part(box(x, top + .18, x + .27, .1, .25), GLASS) for x in panes],
+            *[Part(ellipse(x, .7, .27, .27), c * .45) for x in (-.6, .5)], *_wheel(-.6, .75, .22), *_wheel(.5, .75, .22),
             Part(box(-.5, top - .02, .6, top + .09, .5), c * .7), Part(ellipse(1.0, .5, .06, .08), (1, .9, .6))]
 
 
 @_thing(SOURCE, ('street', 'meadow', 'beach', 'snow'), 'stands', .95)
 def _car(r):
     c, roof, nose = vivid(r), r.uniform(-.45, -.2), r.uniform(.05, .2)
-    return [Part(spline([(-1.05, .3), (-.95, .02), (-.6, -.05), (-.35, roof), (.3, roof), (.62, -.02), (.95, nose), (1.08, .35), (1, .6), (-1, .6)]), c),
-            Part(spline([(-.5, -.02), (-.3, roof + .1), (-.04, roof + .1), (-.04, -.02)], steps=4), GLASS * .8), Part(spline([(.04, -.02), (.04, roof + .1), (.26, roof + .1), (.5, -.02)], steps=4), GLASS * .8),
-            Part(stroke([(0, 0), (0, .5)], .03), c * .5), Part(stroke([(-.95, .42), (1, .42)], .04), c * .6), *[Part(ellipse(x, .58, .29, .28), c * .4) for x in (-.58, .6)],
-            *_wheel(-.58, .62, .25), *_wheel(.6, .62, .25), Part(ellipse(1.02, .28, .06, .08), (1, .95, .7)), Part(box(-1.08, .18, -.98, .3, .5), (.8, .1, .1))]
+    return [Part(spline([(-1.05, .3), (-.95, .02), (-.6, -.05), (-.35, roof), (.3, roof), (.62, -.02), (.95, nose), (1.08, .35), (1, .6),
+            (-1, .6)]), c),
+            Part(spline([(-.5, -.02), (-.3, roof + .1), (-.04, roof + .1), (-.04, -.02)], steps=4), GLASS * .8),
+            Part(spline([(.04, -.02), (.04, roof + .1), (.26, roof + .1), (.5, -.02)], steps=4), GLASS * .8),
+            Part(stroke([(0, 0), (0, .5)], .03), c * .5), Part(stroke([(-.95, .42), (1, .42)], .04), c * .6),
+            *[Part(ellipse(x, .58, .29, .28), c * .4) for x in (-.58, .6)],
+            *_wheel(-.58, .62, .25), *_wheel(.6, .62, .25), Part(ellipse(1.02, .28, .06, .08), (1, .95, .7)),
+            Part(box(-1.08, .18, -.98, .3, .5), (.8, .1, .1))]
 
 
 @_thing(SOURCE, ('room', 'meadow', 'table', 'street'), 'stands', .85)
 def _cat(r):
     c = _one_of(r, (.85, .5, .2), (.25, .23, .23), (.6, .58, .56), (.9, .85, .78), (.45, .33, .22))
     m, b = r.choice(['stripes', 'plain', 'fur', 'patches']), _one_of(r, WHITE, (.9, .8, .7))
-    return [Part(_line([(.35, .85), (.95, .8), (1.0, .25), (.75, -.05 + r.uniform(-.2, .2))], .2, .12), c, m, .4), Part(spline([(-.3, -.2), (.3, -.2), (.62, .5), (.55, 1), (-.55, 1), (-.6, .5)]), c, m, .4),
-            Part(ellipse(0, .35, .24, .38), b), *[Part(ellipse(x, .93, .17, .11), c) for x in (-.2, .2)], *[Part(s, c) for s in _pair(spline([(-.48, -.55), (-.5, -1.12), (-.1, -.82)], steps=4))],
-            *[Part(s, (.85, .55, .55)) for s in _pair(np.array([(-.42, -.68), (-.43, -.98), (-.2, -.82)]))], Part(ellipse(0, -.5, .52, .42), c, m, .3), Part(ellipse(0, -.32, .22, .15), b),
-            *[Part(ellipse(x, -.55, .11, .1), (.55, .75, .25)) for x in (-.22, .22)], *[Part(ellipse(x, -.55, .04, .09), DARK) for x in (-.22, .22)], Part(ellipse(0, -.38, .06, .04), (.8, .4, .4))]
+    return [Part(_line([(.35, .85), (.95, .8), (1.0, .25), (.75, -.05 + r.uniform(-.2, .2))], .2, .12), c, m, .4),
+            Part(spline([(-.3, -.2), (.3, -.2), (.62, .5), (.55, 1), (-.55, 1), (-.6, .5)]), c, m, .4),
+            Part(ellipse(0, .35, .24, .38), b), *[Part(ellipse(x, .93, .17, .11), c) for x in (-.2, .2)],
+            *[Part(s, c) for s in _pair(spline([(-.48, -.55), (-.5, -1.12), (-.1, -.82)], steps=4))],
+            *[Part(s, (.85, .55, .55)) for s in _pair(np.array([(-.42, -.68), (-.43, -.98), (-.2, -.82)]))],
+            Part(ellipse(0, -.5, .52, .42), c, m, .3), Part(ellipse(0, -.32, .22, .15), b),
+            *[Part(ellipse(x, -.55, .11, .1), (.55, .75, .25)) for x in (-.22, .22)],
+            *[Part(ellipse(x, -.55, .04, .09), DARK) for x in (-.22, .22)], Part(ellipse(0, -.38, .06, .04), (.8, .4, .4))]
 
 
 @_thing(SOURCE, ('room',), 'stands', .95)
 def _chair(r):
     c, cloth, y = _one_of(r, (.5, .32, .18), (.75, .6, .4), (.2, .2, .22), WHITE), vivid(r), r.uniform(.1, .25)
-    bars = [Part(box(-.42, -.85, .42, -.15, .2), cloth, r.choice(['plain', 'plaid', 'weave']))] if r.random() < .5 else [Part(box(-.42, t, .42, t + .13), c) for t in (-.85, -.55, -.25)]
-    return [*[Part(stroke([(x, y), (x * 1.05, .8)], .1), c * .7) for x in (-.38, .42)], *bars, *[Part(box(x - .06, -1, x + .06, y), c, 'wood') for x in (-.45, .45)],
-            Part(np.array([(-.5, y - .12), (.5, y - .12), (.68, y + .12), (-.68, y + .12)]), cloth), Part(box(-.68, y + .1, .68, y + .2), c), *[Part(stroke([(x, y + .12), (x * 1.05, 1)], .12), c) for x in (-.6, .6)]]
+    bars = [Part(box(-.42, -.85, .42, -.15, .2), cloth, r.choice(['plain', 'plaid', 'weave']))] if r.random() < .5 else [Part(box(-.42, t,
+            .42, t + .13), c) for t in (-.85, -.55, -.25)]
+    return [*[Part(stroke([(x, y), (x * 1.05, .8)], .1), c * .7) for x in (-.38, .42)], *bars,
+            *[Part(box(x - .06, -1, x + .06, y), c, 'wood') for x in (-.45, .45)],
+            Part(np.array([(-.5, y - .12), (.5, y - .12), (.68, y + .12), (-.68, y + .12)]), cloth),
+            Part(box(-.68, y + .1, .68, y + .2), c), *[Part(stroke([(x, y + .12), (x * 1.05, 1)], .12), c) for x in (-.6, .6)]]
 
 
 @_thing(SOURCE, ('meadow', 'beach', 'snow', 'forest'), 'stands', 1.1)
@@ -169,26 +194,37 @@ def _horse(r):
     c, n = _one_of(r, (.45, .27, .15), (.2, .16, .14), (.75, .72, .68), (.65, .42, .22)), r.uniform(-.12, .25)
     m = c * .45 if r.random() < .7 else np.array([.85, .8, .7])
     legs = [(-.62, 0), (-.42, .06), (.28, -.05), (.48, .05)]
-    return [Part(_line([(-.7, -.1), (-.95, .1), (-.98, .6)], .16, .1), m, 'fur', .4), *[Part(_line([(x, .2), (x + d * 1.5, .6), (x + d, 1)], .19, .11), c * (.75 if i % 2 else .95)) for i, (x, d) in enumerate(legs)],
+    return [Part(_line([(-.7, -.1), (-.95, .1), (-.98, .6)], .16, .1), m, 'fur', .4),
+            *[Part(_line([(x, .2), (x + d * 1.5, .6), (x + d, 1)], .19, .11), c * (.75 if i % 2 else .95)) for i,
+            (x, d) in enumerate(legs)],
             Part(spline([(-.75, -.1), (-.55, -.28), (0, -.2), (.4, -.32), (.62, -.05), (.5, .28), (0, .32), (-.55, .3), (-.75, .15)]), c),
-            Part(spline([(.3, -.2), (.52, -.7 + n), (.72, -.85 + n), (.8, -.6 + n), (.68, -.05)]), c), Part(_line([(.32, -.25), (.5, -.65 + n), (.66, -.92 + n)], .16, .1), m, 'fur', .4),
-            Part(spline([(.58, -.95 + n), (.78, -.9 + n), (1.08, -.55 + n), (1.02, -.42 + n), (.85, -.5 + n), (.65, -.62 + n)]), c), Part(np.array([(.6, -.88 + n), (.62, -1.1 + n), (.72, -.9 + n)]), c),
+            Part(spline([(.3, -.2), (.52, -.7 + n), (.72, -.85 + n), (.8, -.6 + n), (.68, -.05)]), c),
+            Part(_line([(.32, -.25), (.5, -.65 + n), (.66, -.92 + n)], .16, .1), m, 'fur', .4),
+            Part(spline([(.58, -.95 + n), (.78, -.9 + n), (1.08, -.55 + n), (1.02, -.42 + n), (.85, -.5 + n), (.65, -.62 + n)]), c),
+            Part(np.array([(.6, -.88 + n), (.62, -1.1 + n), (.72, -.9 + n)]), c),
             Part(ellipse(.8, -.76 + n, .035, .035), DARK)]
 
 
 @_thing(SOURCE, (*OUTSIDE, 'room'), 'stands', 1.)
 def _person(r):
-    skin, shirt, hair = _one_of(r, (.93, .76, .64), (.72, .5, .36), (.42, .28, .2), (.85, .65, .5)), vivid(r), _one_of(r, (.12, .09, .08), (.4, .26, .14), (.8, .65, .35))
+    skin, shirt, hair = _one_of(r, (.93, .76, .64), (.72, .5, .36), (.42, .28, .2), (.85, .65, .5)), vivid(r), _one_of(r, (.12, .09, .08),
+            (.4, .26, .14), (.8, .65, .35))
     legs, a, b, w = vivid(r) * .7, *r.uniform(.05, .45, 2), r.uniform(.05, .25)
-    return [*[Part(stroke([(x * .5, .15), (x, .95)], .2, .16), legs) for x in (-w, w)], *[Part(box(x - .06, .9, x + .16, 1.02, .6), DARK) for x in (-w, w)],
-            Part(_line([(-.24, -.42), (-.3 - a * .5, -.1), (-.24 - a, .12)], .15, .11), shirt * .85), Part(_line([(.24, -.42), (.3 + b * .5, -.1), (.24 + b, .12)], .15, .11), shirt * .85),
-            *[Part(ellipse(x, .16, .075, .08), skin) for x in (-.24 - a, .24 + b)], Part(spline([(-.28, -.48), (0, -.54), (.28, -.48), (.24, 0), (.26, .25), (-.26, .25), (-.24, 0)]), shirt, r.choice(['plain', 'stripes', 'plaid', 'plain'])),
-            Part(box(-.07, -.62, .07, -.45), skin), Part(ellipse(0, -.82, .2, .22), hair), Part(ellipse(.02, -.76, .155, .19), skin), *[Part(ellipse(x, -.78, .022, .025), DARK) for x in (-.04, .09)]]
+    return [*[Part(stroke([(x * .5, .15), (x, .95)], .2, .16), legs) for x in (-w, w)],
+            *[Part(box(x - .06, .9, x + .16, 1.02, .6), DARK) for x in (-w, w)],
+            Part(_line([(-.24, -.42), (-.3 - a * .5, -.1), (-.24 - a, .12)], .15, .11), shirt * .85),
+            Part(_line([(.24, -.42), (.3 + b * .5, -.1), (.24 + b, .12)], .15, .11), shirt * .85),
+            *[Part(ellipse(x, .16, .075, .08), skin) for x in (-.24 - a, .24 + b)],
+            Part(spline([(-.28, -.48), (0, -.54), (.28, -.48), (.24, 0), (.26, .25), (-.26, .25), (-.24, 0)]), shirt,
+            r.choice(['plain', 'stripes', 'plaid', 'plain'])),
+            Part(box(-.07, -.62, .07, -.45), skin), Part(ellipse(0, -.82, .2, .22), hair), Part(ellipse(.02, -.76, .155, .19), skin),
+            *[Part(ellipse(x, -.78, .022, .025), DARK) for x in (-.04, .09)]]
 
 
 @_thing(SOURCE, INSIDE, 'stands', .9)
 def _potted_plant(r):
-    pot, leaf = _one_of(r, (.72, .38, .25), (.85, .83, .8), (.3, .4, .55), (.35, .3, .28)), hsv(r.uniform(.22, .38), r.uniform(.5, .8), r.uniform(.3, .6))
+    pot, leaf = _one_of(r, (.72, .38, .25), (.85, .83, .8), (.3, .4, .55), (.35, .3, .28)), hsv(r.uniform(.22, .38), r.uniform(.5, .8),
+            r.uniform(.3, .6))
     fronds, n = [], r.integers(7, 12)
     for t in np.linspace(-1.25, 1.25, n) + r.normal(0, .1, n):
         length, droop = r.uniform(.75, 1.15), r.uniform(0, .25)
@@ -196,25 +232,34 @@ def _potted_plant(r):
         middle = np.array([np.sin(t) * length * .38, .35 - np.cos(t) * length * .62])
         side = np.array([np.cos(t), np.sin(t)]) * .12
         fronds.append(Part(spline([(0, .4), middle + side, tip, middle - side]), tint(r, leaf, .07), 'stripes', .1))
-    return [*fronds, Part(np.array([(-.42, .4), (.42, .4), (.3, 1), (-.3, 1)]), pot, 'plain', .2), Part(box(-.48, .33, .48, .5, .3), pot * .9)]
+    return [*fronds, Part(np.array([(-.42, .4), (.42, .4), (.3, 1), (-.3, 1)]), pot, 'plain', .2),
+            Part(box(-.48, .33, .48, .5, .3), pot * .9)]
 
 
 @_thing(SOURCE, ('meadow', 'snow', 'beach'), 'stands', .95)
 def _sheep(r):
     wool, face = _one_of(r, (.93, .91, .86), (.85, .8, .7), (.35, .32, .3)), _one_of(r, (.15, .13, .12), (.85, .72, .62))
     y = r.uniform(-.35, .1)
-    return [*[Part(stroke([(x, .35), (x, 1)], .14, .11), face * .9) for x in (-.5, -.28, .3, .5)], *[Part(ellipse(.72 * np.cos(t) - .05, .08 + .42 * np.sin(t), .24, .22), wool, 'bumps', .3) for t in np.arange(9) * .7],
-            Part(ellipse(-.05, .08, .78, .48), wool, 'bumps', .3), Part(spline([(.5, y - .25), (.72, y - .28), (1.02, y + .12), (.95, y + .28), (.72, y + .22), (.52, y + .05)]), face),
-            Part(spline([(.5, y - .2), (.3, y - .1), (.35, y + .02), (.55, y - .08)]), face), Part(ellipse(.58, y - .25, .2, .13), wool, 'bumps', .3), Part(ellipse(.78, y - .06, .045, .045), WHITE), Part(ellipse(.78, y - .06, .025, .025), DARK)]
+    return [*[Part(stroke([(x, .35), (x, 1)], .14, .11), face * .9) for x in (-.5, -.28, .3, .5)],
+            *[Part(ellipse(.72 * np.cos(t) - .05, .08 + .42 * np.sin(t), .24, .22), wool, 'bumps', .3) for t in np.arange(9) * .7],
+            Part(ellipse(-.05, .08, .78, .48), wool, 'bumps', .3),
+            Part(spline([(.5, y - .25), (.72, y - .28), (1.02, y + .12), (.95, y + .28), (.72, y + .22), (.52, y + .05)]), face),
+            Part(spline([(.5, y - .2), (.3, y - .1), (.35, y + .02), (.55, y - .08)]), face),
+            Part(ellipse(.58, y - .25, .2, .13), wool, 'bumps', .3), Part(ellipse(.78, y - .06, .045, .045), WHITE),
+            Part(ellipse(.78, y - .06, .025, .025), DARK)]
 
 
 @_thing(SOURCE, ('street', 'meadow', 'snow'), 'stands', 1.2)
 def _train(r):
     c, d = _one_of(r, (.12, .12, .14), (.15, .35, .2), (.6, .12, .12), (.15, .25, .5)), vivid(r)
-    return [Part(box(-1.1, -.35, -.62, .55, .1), d), Part(box(-1.02, -.2, -.72, .12), GLASS), Part(box(-.62, .3, -.5, .5), DARK), Part(box(-.52, -.6, -.02, .5, .1), c), Part(box(-.58, -.7, .02, -.56, .4), d),
-            Part(box(-.42, -.45, -.12, -.1, .2), GLASS), Part(box(-.02, -.25, .92, .42, .5), c), Part(ellipse(.92, .08, .12, .34), c * .7), Part(ellipse(.95, .06, .07, .1), (1, .9, .6)),
-            Part(np.array([(.52, -.8), (.84, -.8), (.75, -.2), (.6, -.2)]), c * .8), Part(ellipse(.25, -.28, .14, .14), (.8, .6, .2)), Part(box(-1.1, .5, 1.0, .62), DARK * 2), Part(np.array([(.95, .5), (1.2, .88), (.9, .88)]), d),
-            *[p for x, q in ((-.95, .17), (-.72, .17), (-.32, .26), (.22, .2), (.66, .2)) for p in (Part(ellipse(x, .95 - q, q, q), d * .8), Part(ellipse(x, .95 - q, q * .6, q * .6), DARK))],
+    return [Part(box(-1.1, -.35, -.62, .55, .1), d), Part(box(-1.02, -.2, -.72, .12), GLASS), Part(box(-.62, .3, -.5, .5), DARK),
+            Part(box(-.52, -.6, -.02, .5, .1), c), Part(box(-.58, -.7, .02, -.56, .4), d),
+            Part(box(-.42, -.45, -.12, -.1, .2), GLASS), Part(box(-.02, -.25, .92, .42, .5), c), Part(ellipse(.92, .08, .12, .34), c * .7),
+            Part(ellipse(.95, .06, .07, .1), (1, .9, .6)),
+            Part(np.array([(.52, -.8), (.84, -.8), (.75, -.2), (.6, -.2)]), c * .8), Part(ellipse(.25, -.28, .14, .14), (.8, .6, .2)),
+            Part(box(-1.1, .5, 1.0, .62), DARK * 2), Part(np.array([(.95, .5), (1.2, .88), (.9, .88)]), d),
+            *[p for x, q in ((-.95, .17), (-.72, .17), (-.32, .26), (.22, .2), (.66, .2)) for p in (Part(ellipse(x, .95 - q, q, q), d * .8),
+            Part(ellipse(x, .95 - q, q * .6, q * .6), DARK))],
             Part(stroke([(-.3, .72), (.66, .76)], .05), STEEL)]
 
 
@@ -222,120 +267,162 @@ def _train(r):
 def _tv(r):
     c, w, h = _one_of(r, (.1, .1, .11), (.55, .55, .57), (.4, .28, .2)), r.uniform(.85, 1.05), r.uniform(.52, .72)
     on, y = r.random() < .7, .72
-    return [Part(box(-.1, y - .2, .1, .95), c), Part(box(-.45, .9, .45, 1, .5), c), Part(box(-w, y - 2 * h, w, y, .12), c), Part(box(-w + .09, y - 2 * h + .09, w - .09, y - .11), vivid(r) if on else DARK, r.choice(['cloud', 'patches', 'waves', 'stripes']) if on else 'plain', .6 if on else .3),
-            Part(np.array([(-w + .1, y - 2 * h + .1), (-w * .3, y - 2 * h + .1), (-w + .1, y - h * .6)]), np.clip(DARK + .25, 0, 1)) if not on else Part(ellipse(w - .2, y - .05, .03, .03), (.2, .9, .3))]
+    return [Part(box(-.1, y - .2, .1, .95), c), Part(box(-.45, .9, .45, 1, .5), c), Part(box(-w, y - 2 * h, w, y, .12), c),
+            Part(box(-w + .09, y - 2 * h + .09, w - .09, y - .11), vivid(r) if on else DARK,
+            r.choice(['cloud', 'patches', 'waves', 'stripes']) if on else 'plain', .6 if on else .3),
+            Part(np.array([(-w + .1, y - 2 * h + .1), (-w * .3, y - 2 * h + .1), (-w + .1, y - h * .6)]),
+            np.clip(DARK + .25, 0, 1)) if not on else Part(ellipse(w - .2, y - .05, .03, .03), (.2, .9, .3))]
 
 # %% ../../nbs/data/03_miniature.ipynb #0519a308
 @_thing(NEAR, INSIDE)
 def _apple(r):
     c = _one_of(r, (.8, .12, .12), (.55, .7, .15), (.85, .65, .2))
-    return [Part(spline([(0, -.62), (.35, -.78), (.8, -.5), (.82, .1), (.45, .8), (0, .72), (-.45, .8), (-.82, .1), (-.8, -.5), (-.35, -.78)]), c, 'speckle', .1),
-            Part(ellipse(0, -.62, .22, .08), c * .5), Part(_line([(0, -.6), (.05, -.85), (.15, -1.05)], .08), (.35, .22, .12)), Part(spline([(.1, -.8), (.35, -1.05), (.7, -.95), (.4, -.75)]), (.3, .55, .18))]
+    return [Part(spline([(0, -.62), (.35, -.78), (.8, -.5), (.82, .1), (.45, .8), (0, .72), (-.45, .8), (-.82, .1), (-.8, -.5),
+            (-.35, -.78)]), c, 'speckle', .1),
+            Part(ellipse(0, -.62, .22, .08), c * .5), Part(_line([(0, -.6), (.05, -.85), (.15, -1.05)], .08), (.35, .22, .12)),
+            Part(spline([(.1, -.8), (.35, -1.05), (.7, -.95), (.4, -.75)]), (.3, .55, .18))]
 
 
 @_thing(NEAR, INSIDE)
 def _banana(r):
     c = _one_of(r, (.95, .82, .2), (.85, .8, .3), (.6, .7, .2))
-    return [Part(spline([(-1, -.45), (-.85, -.55), (-.6, .05), (0, .35), (.6, .15), (.95, -.35), (1.05, -.25), (.8, .4), (.1, .78), (-.65, .5)]), c, 'speckle', .12),
-            Part(_line([(-.85, -.1), (-.3, .5), (.4, .5), (.9, 0)], .05), c * .8), Part(box(-1.08, -.68, -.86, -.45, .5), (.4, .35, .12)), Part(ellipse(1.0, -.32, .08, .1), (.25, .18, .1))]
+    return [Part(spline([(-1, -.45), (-.85, -.55), (-.6, .05), (0, .35), (.6, .15), (.95, -.35), (1.05, -.25), (.8, .4), (.1, .78),
+            (-.65, .5)]), c, 'speckle', .12),
+            Part(_line([(-.85, -.1), (-.3, .5), (.4, .5), (.9, 0)], .05), c * .8), Part(box(-1.08, -.68, -.86, -.45, .5), (.4, .35, .12)),
+            Part(ellipse(1.0, -.32, .08, .1), (.25, .18, .1))]
 
 
 @_thing(NEAR, ('meadow', 'forest', 'table', 'beach'), 'flies')
 def _butterfly(r):
     c, d, m = hsv(r.uniform(), .8, .9), hsv(r.uniform(), .7, .5), r.choice(['dots', 'scales', 'patches', 'net'])
-    up, low = spline([(.05, -.05), (.35, -.85), (.95, -.95), (1.0, -.35), (.5, .05)]), spline([(.05, 0), (.55, .08), (.85, .45), (.55, .9), (.2, .55)])
-    return [*[Part(s, k, m, .35) for shape, k in ((low, d), (up, c)) for s in _pair(shape)], *[Part(ellipse(x, -.55, .14, .16), d) for x in (-.7, .7)], *[Part(ellipse(x, .5, .1, .12), c) for x in (-.5, .5)],
+    up, low = spline([(.05, -.05), (.35, -.85), (.95, -.95), (1.0, -.35), (.5, .05)]), spline([(.05, 0), (.55, .08), (.85, .45), (.55, .9),
+            (.2, .55)])
+    return [*[Part(s, k, m, .35) for shape, k in ((low, d), (up, c)) for s in _pair(shape)],
+            *[Part(ellipse(x, -.55, .14, .16), d) for x in (-.7, .7)], *[Part(ellipse(x, .5, .1, .12), c) for x in (-.5, .5)],
             Part(ellipse(0, 0, .09, .6), DARK), *[Part(s, DARK) for s in _pair(_line([(0, -.5), (.12, -.9), (.3, -1.02)], .05))]]
 
 
 @_thing(NEAR, ('beach', 'room', 'table'))
 def _cactus(r):
     c, y, z = hsv(r.uniform(.3, .4), .55, r.uniform(.35, .6)), r.uniform(-.2, .1), r.uniform(-.2, .2)
-    arms = [Part(_line([(0, y + .3), (-.55, y + .25), (-.6, y - .3)], .28), c, 'stripes', .2), Part(_line([(0, z + .3), (.5, z + .25), (.55, z - .2)], .26), c, 'stripes', .2)]
+    arms = [Part(_line([(0, y + .3), (-.55, y + .25), (-.6, y - .3)], .28), c, 'stripes', .2),
+            Part(_line([(0, z + .3), (.5, z + .25), (.55, z - .2)], .26), c, 'stripes', .2)]
     pot = [Part(np.array([(-.5, .62), (.5, .62), (.38, 1.02), (-.38, 1.02)]), (.72, .4, .26))]
-    return [*arms, Part(stroke([(0, .95), (0, -.75)], .46, .4), c, 'stripes', .25), Part(star(6, .12, .24) + [0, -.98], hsv(r.uniform(.85, 1.1), .7, .9)), *(pot if r.random() < .5 else [])]
+    return [*arms, Part(stroke([(0, .95), (0, -.75)], .46, .4), c, 'stripes', .25),
+            Part(star(6, .12, .24) + [0, -.98], hsv(r.uniform(.85, 1.1), .7, .9)), *(pot if r.random() < .5 else [])]
 
 
 @_thing(NEAR, INSIDE)
 def _candle(r):
     c, w = _one_of(r, WHITE, (.8, .2, .2), (.9, .85, .6), (.4, .5, .7)), r.uniform(.22, .36)
-    return [Part(ellipse(0, .92, .75, .14), (.75, .6, .25)), Part(box(-w, -.35, w, .92, .1), c), Part(ellipse(0, -.35, w, .09), np.clip(c * 1.15, 0, 1)), *[Part(_line([(x, -.35), (x, k)], .12, .1), c) for x, k in ((-w * .8, .1), (w * .6, .35))],
-            Part(stroke([(0, -.35), (0, -.52)], .05), DARK), Part(spline([(0, -1.08), (.15, -.7), (.11, -.52), (-.11, -.52), (-.15, -.7)]), (1, .65, .1)), Part(spline([(0, -.85), (.07, -.65), (0, -.54), (-.07, -.65)]), (1, .95, .6))]
+    return [Part(ellipse(0, .92, .75, .14), (.75, .6, .25)), Part(box(-w, -.35, w, .92, .1), c),
+            Part(ellipse(0, -.35, w, .09), np.clip(c * 1.15, 0, 1)),
+            *[Part(_line([(x, -.35), (x, k)], .12, .1), c) for x, k in ((-w * .8, .1), (w * .6, .35))],
+            Part(stroke([(0, -.35), (0, -.52)], .05), DARK), Part(spline([(0, -1.08), (.15, -.7), (.11, -.52), (-.11, -.52), (-.15, -.7)]),
+            (1, .65, .1)), Part(spline([(0, -.85), (.07, -.65), (0, -.54), (-.07, -.65)]), (1, .95, .6))]
 
 
 @_thing(NEAR, ('beach', 'table'))
 def _crab(r):
     c = _one_of(r, (.85, .3, .18), (.75, .4, .25), (.4, .5, .6))
-    legs = [s for y, t in ((.05, -.05), (.2, .3), (.35, .6)) for s in _pair(_line([(.4, y), (.85, y - .08), (1.0, y + .25 + t * .2)], .11, .06))]
+    legs = [s for y, t in ((.05, -.05), (.2, .3), (.35, .6)) for s in _pair(_line([(.4, y), (.85, y - .08), (1.0, y + .25 + t * .2)], .11,
+            .06))]
     claw = spline([(.62, -.55), (.6, -.95), (.85, -1.05), (.78, -.72), (1.0, -.9), (1.02, -.6), (.8, -.45)])
-    return [*[Part(s, c * .8) for s in legs], *[Part(s, c) for s in _pair(_line([(.4, -.05), (.75, -.15), (.75, -.5)], .15))], *[Part(s, c) for s in _pair(claw)], Part(spline([(-.65, .05), (-.4, -.3), (.4, -.3), (.65, .05), (.4, .45), (-.4, .45)]), c, 'speckle', .3),
-            *[Part(stroke([(x, -.25), (x, -.45)], .06), c) for x in (-.18, .18)], *[Part(ellipse(x, -.48, .08, .08), DARK) for x in (-.18, .18)]]
+    return [*[Part(s, c * .8) for s in legs], *[Part(s, c) for s in _pair(_line([(.4, -.05), (.75, -.15), (.75, -.5)], .15))],
+            *[Part(s, c) for s in _pair(claw)], Part(spline([(-.65, .05), (-.4, -.3), (.4, -.3), (.65, .05), (.4, .45), (-.4, .45)]), c,
+            'speckle', .3),
+            *[Part(stroke([(x, -.25), (x, -.45)], .06), c) for x in (-.18, .18)],
+            *[Part(ellipse(x, -.48, .08, .08), DARK) for x in (-.18, .18)]]
 
 
 @_thing(NEAR, ('sea', 'table', 'beach'), 'floats')
 def _fish(r):
     c, f = hsv(r.uniform(), .7, .85), hsv(r.uniform(), .6, .7)
-    return [Part(spline([(-.5, 0), (-1.05, -.5), (-.9, 0), (-1.05, .5)], steps=5), f, 'fur', .4), Part(spline([(-.25, -.3), (.1, -.75), (.4, -.35)]), f, 'fur', .4), Part(spline([(-.1, .35), (.0, .7), (.25, .35)]), f, 'fur', .4),
-            Part(spline([(-.65, 0), (-.1, -.42), (.55, -.38), (1.0, .02), (.55, .4), (-.1, .42)]), c, r.choice(['scales', 'stripes', 'scales']), .35), Part(_line([(.5, -.3), (.4, 0), (.5, .3)], .05), c * .6), Part(spline([(.1, .05), (-.2, .25), (.15, .25)]), f), *_eye(.7, -.1, .1)]
+    return [Part(spline([(-.5, 0), (-1.05, -.5), (-.9, 0), (-1.05, .5)], steps=5), f, 'fur', .4),
+            Part(spline([(-.25, -.3), (.1, -.75), (.4, -.35)]), f, 'fur', .4),
+            Part(spline([(-.1, .35), (.0, .7), (.25, .35)]), f, 'fur', .4),
+            Part(spline([(-.65, 0), (-.1, -.42), (.55, -.38), (1.0, .02), (.55, .4), (-.1, .42)]), c,
+            r.choice(['scales', 'stripes', 'scales']), .35), Part(_line([(.5, -.3), (.4, 0), (.5, .3)], .05), c * .6),
+            Part(spline([(.1, .05), (-.2, .25), (.15, .25)]), f), *_eye(.7, -.1, .1)]
 
 
 @_thing(NEAR, ('room', 'table'))
 def _guitar(r):
     c = _one_of(r, (.75, .45, .2), (.5, .22, .12), (.2, .2, .22), (.85, .65, .35))
-    return [Part(spline([(0, -.08), (.36, -.02), (.34, .28), (.52, .62), (.32, 1), (-.32, 1), (-.52, .62), (-.34, .28), (-.36, -.02)]), c, 'wood', .25), Part(ellipse(0, .38, .15, .15), DARK), Part(box(-.2, .72, .2, .8), DARK * 2),
-            Part(box(-.075, -.85, .075, .3), (.3, .2, .14)), Part(box(-.13, -1.12, .13, -.82, .3), c * .7), *[Part(stroke([(x, -1), (x, .75)], .02), WHITE) for x in (-.04, 0, .04)], *[Part(ellipse(x, y, .04, .04), STEEL) for x in (-.16, .16) for y in (-1.02, -.92)]]
+    return [Part(spline([(0, -.08), (.36, -.02), (.34, .28), (.52, .62), (.32, 1), (-.32, 1), (-.52, .62), (-.34, .28), (-.36, -.02)]), c,
+            'wood', .25), Part(ellipse(0, .38, .15, .15), DARK), Part(box(-.2, .72, .2, .8), DARK * 2),
+            Part(box(-.075, -.85, .075, .3), (.3, .2, .14)), Part(box(-.13, -1.12, .13, -.82, .3), c * .7),
+            *[Part(stroke([(x, -1), (x, .75)], .02), WHITE) for x in (-.04, 0, .04)],
+            *[Part(ellipse(x, y, .04, .04), STEEL) for x in (-.16, .16) for y in (-1.02, -.92)]]
 
 
 @_thing(NEAR, INSIDE)
 def _hammer(r):
     c = _one_of(r, (.7, .5, .28), (.8, .2, .15), (.2, .3, .5))
-    return [Part(stroke([(0, -.55), (0, 1)], .18, .22), c, 'wood', .3), Part(box(-.11, .45, .11, 1.05, .5), c * .5), Part(box(-.2, -.82, .45, -.42, .1), STEEL), Part(box(.45, -.88, .62, -.36, .2), STEEL * .8), Part(spline([(-.2, -.82), (-.55, -.75), (-.85, -.42), (-.5, -.52), (-.2, -.45)]), STEEL * .9)]
+    return [Part(stroke([(0, -.55), (0, 1)], .18, .22), c, 'wood', .3), Part(box(-.11, .45, .11, 1.05, .5), c * .5),
+            Part(box(-.2, -.82, .45, -.42, .1), STEEL), Part(box(.45, -.88, .62, -.36, .2), STEEL * .8),
+            Part(spline([(-.2, -.82), (-.55, -.75), (-.85, -.42), (-.5, -.52), (-.2, -.45)]), STEEL * .9)]
 
 
 @_thing(NEAR, ('meadow', 'beach', 'snow', 'sea'), 'flies')
 def _hot_air_balloon(r):
     a, b = hsv(r.uniform(), .8, .85), hsv(r.uniform(), .5, .95)
-    shape = lambda k: spline([(0, -1.05), (.72 * k, -.75), (.85 * k, -.2), (.5 * k, .35), (.18 * k, .58), (-.18 * k, .58), (-.5 * k, .35), (-.85 * k, -.2), (-.72 * k, -.75)])
-    return [*[Part(stroke([(x, .5), (x * .8, .8)], .03), DARK) for x in (-.16, .16)], *[Part(shape(k), (a, b)[i % 2]) for i, k in enumerate((1, .72, .42, .14))], Part(box(-.17, .78, .17, 1.03, .2), (.5, .33, .18), 'weave', .4)]
+    shape = lambda k: spline([(0, -1.05), (.72 * k, -.75), (.85 * k, -.2), (.5 * k, .35), (.18 * k, .58), (-.18 * k, .58), (-.5 * k, .35),
+            (-.85 * k, -.2), (-.72 * k, -.75)])
+    return [*[Part(stroke([(x, .5), (x * .8, .8)], .03), DARK) for x in (-.16, .16)],
+            *[Part(shape(k), (a, b)[i % 2]) for i, k in enumerate((1, .72, .42, .14))],
+            Part(box(-.17, .78, .17, 1.03, .2), (.5, .33, .18), 'weave', .4)]
 
 
 @_thing(NEAR, ('table', 'beach', 'street'))
 def _ice_cream(r):
     c = [_one_of(r, (.95, .75, .78), (.98, .93, .78), (.45, .28, .18), (.7, .9, .75)) for _ in range(3)]
-    return [Part(np.array([(-.42, -.1), (.42, -.1), (0, 1.08)]), (.82, .6, .32), 'net', .3), *[Part(blob(r, x, y, .36, .34, .06), k) for x, y, k in ((-.22, -.28, c[0]), (.22, -.28, c[1]), (0, -.62, c[2]))], Part(box(-.46, -.14, .46, .02, .9), (.75, .52, .26)), Part(ellipse(.05, -.95, .11, .11), (.8, .1, .15))]
+    return [Part(np.array([(-.42, -.1), (.42, -.1), (0, 1.08)]), (.82, .6, .32), 'net', .3),
+            *[Part(blob(r, x, y, .36, .34, .06), k) for x, y, k in ((-.22, -.28, c[0]), (.22, -.28, c[1]), (0, -.62, c[2]))],
+            Part(box(-.46, -.14, .46, .02, .9), (.75, .52, .26)), Part(ellipse(.05, -.95, .11, .11), (.8, .1, .15))]
 
 
 @_thing(NEAR, INSIDE)
 def _key(r):
     c, n = _one_of(r, (.8, .65, .25), (.65, .66, .7), (.55, .35, .2)), r.integers(2, 4)
-    return [Part(ellipse(-.62, 0, .42, .42), c), Part(ellipse(-.66, 0, .24, .24), hole=True), Part(box(-.25, -.09, 1.02, .09), c), *[Part(box(1.0 - .2 * i - .11, .05, 1.0 - .2 * i, .36 - .06 * (i % 2)), c) for i in range(n)]]
+    return [Part(ellipse(-.62, 0, .42, .42), c), Part(ellipse(-.66, 0, .24, .24), hole=True), Part(box(-.25, -.09, 1.02, .09), c),
+            *[Part(box(1.0 - .2 * i - .11, .05, 1.0 - .2 * i, .36 - .06 * (i % 2)), c) for i in range(n)]]
 
 
 @_thing(NEAR, ('room', 'table'))
 def _lamp(r):
     c, s = _one_of(r, (.2, .2, .22), (.7, .55, .3), (.8, .8, .8)), _one_of(r, (.95, .88, .65), (.8, .35, .3), (.4, .6, .7), WHITE)
-    return [Part(ellipse(0, .95, .45, .1), c), Part(stroke([(0, .95), (0, -.2)], .1, .08), c), Part(ellipse(0, .5, .18, .3), c, 'stripes', .3), Part(np.array([(-.35, -1), (.35, -1), (.75, -.15), (-.75, -.15)]), s, r.choice(['plain', 'stripes', 'dots'])), Part(ellipse(0, -.15, .75, .09), np.clip(s * 1.1, 0, 1))]
+    return [Part(ellipse(0, .95, .45, .1), c), Part(stroke([(0, .95), (0, -.2)], .1, .08), c),
+            Part(ellipse(0, .5, .18, .3), c, 'stripes', .3), Part(np.array([(-.35, -1), (.35, -1), (.75, -.15), (-.75, -.15)]), s,
+            r.choice(['plain', 'stripes', 'dots'])), Part(ellipse(0, -.15, .75, .09), np.clip(s * 1.1, 0, 1))]
 
 
 @_thing(NEAR, INSIDE)
 def _light_bulb(r):
     c = _one_of(r, (.98, .92, .6), (.85, .9, .95))
-    return [Part(spline([(0, -1), (.52, -.78), (.66, -.3), (.42, .15), (.24, .45), (-.24, .45), (-.42, .15), (-.66, -.3), (-.52, -.78)]), c), Part(_line([(-.12, .4), (-.2, -.2), (-.05, -.4), (.05, -.2), (.2, -.4), (.12, .4)], .05), (.8, .5, .15)),
-            Part(box(-.26, .42, .26, .9, .2), STEEL), *[Part(stroke([(-.28, y), (.28, y + .06)], .05), STEEL * .6) for y in (.5, .64, .78)], Part(ellipse(0, .93, .14, .09), DARK)]
+    return [Part(spline([(0, -1), (.52, -.78), (.66, -.3), (.42, .15), (.24, .45), (-.24, .45), (-.42, .15), (-.66, -.3), (-.52, -.78)]),
+            c), Part(_line([(-.12, .4), (-.2, -.2), (-.05, -.4), (.05, -.2), (.2, -.4), (.12, .4)], .05), (.8, .5, .15)),
+            Part(box(-.26, .42, .26, .9, .2), STEEL), *[Part(stroke([(-.28, y), (.28, y + .06)], .05), STEEL * .6) for y in (.5, .64, .78)],
+            Part(ellipse(0, .93, .14, .09), DARK)]
 
 
 @_thing(NEAR, ('sea', 'beach', 'meadow'))
 def _lighthouse(r):
     c = _one_of(r, (.85, .15, .15), (.15, .25, .5), (.2, .2, .2))
     edge = lambda y: .24 + (y + .5) * .11
-    bands = [Part(np.array([(-edge(y), y), (edge(y), y), (edge(y + .3), y + .3), (-edge(y + .3), y + .3)]), c if i % 2 else WHITE) for i, y in enumerate(np.arange(-.5, .9, .3))]
-    return [Part(blob(r, 0, 1, .75, .15, .1), (.45, .42, .4), 'cloud', .4), *bands, Part(box(-.32, -.6, .32, -.5), DARK * 2), Part(box(-.17, -.85, .17, -.6), (1, .92, .55)), Part(np.array([(-.26, -.84), (0, -1.1), (.26, -.84)]), c), Part(box(-.09, .7, .09, .98, .6), (.3, .2, .15))]
+    bands = [Part(np.array([(-edge(y), y), (edge(y), y), (edge(y + .3), y + .3), (-edge(y + .3), y + .3)]), c if i % 2 else WHITE) for i,
+            y in enumerate(np.arange(-.5, .9, .3))]
+    return [Part(blob(r, 0, 1, .75, .15, .1), (.45, .42, .4), 'cloud', .4), *bands, Part(box(-.32, -.6, .32, -.5), DARK * 2),
+            Part(box(-.17, -.85, .17, -.6), (1, .92, .55)), Part(np.array([(-.26, -.84), (0, -1.1), (.26, -.84)]), c),
+            Part(box(-.09, .7, .09, .98, .6), (.3, .2, .15))]
 
 
 @_thing(NEAR, INSIDE)
 def _mug(r):
     c, w = vivid(r), r.uniform(.5, .65)
-    return [Part(ellipse(w + .05, .1, .4, .45), c), Part(ellipse(w + .05, .1, .22, .28), hole=True), Part(spline([(-w, -.7), (w, -.7), (w * .95, .85), (w * .6, .95), (-w * .6, .95), (-w * .95, .85)]), c), Part(ellipse(0, -.7, w, .16), np.clip(c * 1.2, 0, 1)),
+    return [Part(ellipse(w + .05, .1, .4, .45), c), Part(ellipse(w + .05, .1, .22, .28), hole=True),
+            Part(spline([(-w, -.7), (w, -.7), (w * .95, .85), (w * .6, .95), (-w * .6, .95), (-w * .95, .85)]), c),
+            Part(ellipse(0, -.7, w, .16), np.clip(c * 1.2, 0, 1)),
             Part(ellipse(0, -.67, w * .85, .11), (.3, .17, .1)), Part(_line([(-w * .9, .2), (0, .32), (w * .9, .2)], .16), WHITE)]
 
 
@@ -343,28 +430,38 @@ def _mug(r):
 def _mushroom(r):
     c, y = _one_of(r, (.8, .15, .12), (.6, .4, .25), (.85, .6, .3)), r.uniform(-.15, .1)
     dots = [Part(ellipse(x, y - k, .1, .08), WHITE) for x, k in ((-.5, .22), (0, .35), (.42, .25), (-.22, .62), (.25, .6))]
-    return [Part(spline([(-.22, 0), (.22, 0), (.2, .6), (.32, 1), (-.32, 1), (-.2, .6)]), (.92, .87, .76), 'stripes', .1), Part(ellipse(0, y, .78, .16), (.85, .75, .62), 'stripes', .3), Part(spline([(-.9, y), (-.7, y - .6), (0, y - .98), (.7, y - .6), (.9, y), (0, y + .08)]), c), *(dots if c[0] > .7 else [])]
+    return [Part(spline([(-.22, 0), (.22, 0), (.2, .6), (.32, 1), (-.32, 1), (-.2, .6)]), (.92, .87, .76), 'stripes', .1),
+            Part(ellipse(0, y, .78, .16), (.85, .75, .62), 'stripes', .3),
+            Part(spline([(-.9, y), (-.7, y - .6), (0, y - .98), (.7, y - .6), (.9, y), (0, y + .08)]), c), *(dots if c[0] > .7 else [])]
 
 
 @_thing(NEAR, INSIDE)
 def _pear(r):
     c = _one_of(r, (.7, .75, .2), (.8, .65, .25), (.55, .6, .2))
-    return [Part(spline([(0, -.8), (.27, -.62), (.36, -.1), (.7, .4), (.5, .9), (0, 1), (-.5, .9), (-.7, .4), (-.36, -.1), (-.27, -.62)]), c, 'speckle', .15), Part(_line([(0, -.75), (.03, -.95), (.12, -1.1)], .08), (.35, .25, .12)), Part(spline([(.05, -.85), (-.2, -1.1), (-.5, -1.0), (-.25, -.82)]), (.3, .5, .2))]
+    return [Part(spline([(0, -.8), (.27, -.62), (.36, -.1), (.7, .4), (.5, .9), (0, 1), (-.5, .9), (-.7, .4), (-.36, -.1), (-.27, -.62)]),
+            c, 'speckle', .15), Part(_line([(0, -.75), (.03, -.95), (.12, -1.1)], .08), (.35, .25, .12)),
+            Part(spline([(.05, -.85), (-.2, -1.1), (-.5, -1.0), (-.25, -.82)]), (.3, .5, .2))]
 
 
 @_thing(NEAR, ('meadow', 'beach', 'snow', 'street'), 'flies')
 def _rocket(r):
     c, d = _one_of(r, WHITE, (.75, .77, .8)), hsv(r.uniform(), .8, .8)
-    return [Part(spline([(-.2, .7), (0, 1.15), (.2, .7)], steps=4), (1, .6, .1)), *[Part(s, d) for s in _pair(np.array([(.25, .2), (.62, .65), (.6, .92), (.22, .72)]))], Part(spline([(0, -1.1), (.26, -.6), (.32, 0), (.24, .75), (-.24, .75), (-.32, 0), (-.26, -.6)]), c),
-            Part(spline([(0, -1.1), (.15, -.85), (.23, -.62), (-.23, -.62), (-.15, -.85)]), d), Part(ellipse(0, -.25, .17, .17), STEEL), Part(ellipse(0, -.25, .12, .12), GLASS), Part(box(-.28, .38, .28, .5), d), Part(box(-.05, .35, .05, .95, .5), d * .8)]
+    return [Part(spline([(-.2, .7), (0, 1.15), (.2, .7)], steps=4), (1, .6, .1)),
+            *[Part(s, d) for s in _pair(np.array([(.25, .2), (.62, .65), (.6, .92), (.22, .72)]))],
+            Part(spline([(0, -1.1), (.26, -.6), (.32, 0), (.24, .75), (-.24, .75), (-.32, 0), (-.26, -.6)]), c),
+            Part(spline([(0, -1.1), (.15, -.85), (.23, -.62), (-.23, -.62), (-.15, -.85)]), d), Part(ellipse(0, -.25, .17, .17), STEEL),
+            Part(ellipse(0, -.25, .12, .12), GLASS), Part(box(-.28, .38, .28, .5), d), Part(box(-.05, .35, .05, .95, .5), d * .8)]
 
 
 @_thing(NEAR, ('meadow', 'forest', 'table'))
 def _snail(r):
     c, s = _one_of(r, (.8, .65, .45), (.6, .55, .4)), _one_of(r, (.6, .35, .2), (.75, .5, .3), (.5, .5, .35))
     t = np.linspace(0, 13, 40)
-    return [Part(spline([(-1.05, .9), (-.6, .65), (.4, .6), (.62, .0), (.85, -.12), (1.02, .1), (.9, .6), (.6, .92)]), c, 'speckle', .2), *[Part(stroke([(.78, 0), (x, -.5)], .07), c) for x in (.68, 1.0)], *[Part(ellipse(x, -.52, .07, .07), DARK) for x in (.68, 1.0)],
-            Part(ellipse(-.15, .12, .62, .6), s), Part(stroke(np.stack([-.15 + .043 * t * np.cos(t), .12 + .043 * t * np.sin(t)], 1), .05, .1), s * .5)]
+    return [Part(spline([(-1.05, .9), (-.6, .65), (.4, .6), (.62, .0), (.85, -.12), (1.02, .1), (.9, .6), (.6, .92)]), c, 'speckle', .2),
+            *[Part(stroke([(.78, 0), (x, -.5)], .07), c) for x in (.68, 1.0)],
+            *[Part(ellipse(x, -.52, .07, .07), DARK) for x in (.68, 1.0)],
+            Part(ellipse(-.15, .12, .62, .6), s), Part(stroke(np.stack([-.15 + .043 * t * np.cos(t), .12 + .043 * t * np.sin(t)], 1), .05,
+            .1), s * .5)]
 
 
 @_thing(NEAR, ('beach', 'table'))
@@ -377,41 +474,55 @@ def _starfish(r):
 @_thing(NEAR, INSIDE)
 def _teapot(r):
     c, d = vivid(r), vivid(r)
-    return [Part(ellipse(-.68, .15, .34, .42), c * .9), Part(ellipse(-.68, .15, .2, .28), hole=True), Part(spline([(.4, .45), (.62, .1), (.72, -.35), (.95, -.5), (1.08, -.42), (.92, .1), (.6, .65)]), c * .9),
-            Part(spline([(-.35, -.38), (.35, -.38), (.68, .15), (.45, .78), (-.45, .78), (-.68, .15)]), c, r.choice(['plain', 'dots', 'patches'])), Part(ellipse(0, -.4, .38, .1), d), Part(spline([(-.34, -.42), (0, -.65), (.34, -.42)]), c), Part(ellipse(0, -.65, .1, .1), d), Part(box(-.4, .74, .4, .84, .5), d)]
+    return [Part(ellipse(-.68, .15, .34, .42), c * .9), Part(ellipse(-.68, .15, .2, .28), hole=True),
+            Part(spline([(.4, .45), (.62, .1), (.72, -.35), (.95, -.5), (1.08, -.42), (.92, .1), (.6, .65)]), c * .9),
+            Part(spline([(-.35, -.38), (.35, -.38), (.68, .15), (.45, .78), (-.45, .78), (-.68, .15)]), c,
+            r.choice(['plain', 'dots', 'patches'])), Part(ellipse(0, -.4, .38, .1), d),
+            Part(spline([(-.34, -.42), (0, -.65), (.34, -.42)]), c), Part(ellipse(0, -.65, .1, .1), d), Part(box(-.4, .74, .4, .84, .5), d)]
 
 
 @_thing(NEAR, ('meadow', 'forest', 'beach', 'snow'))
 def _tent(r):
     c, x = hsv(r.uniform(), .6, .75), r.uniform(-.25, .05)
-    return [Part(np.array([(x, -.7), (.6, -.6), (1.08, .8), (.3, .85)]), c * .72), Part(np.array([(x, -.75), (.42, .85), (-1.05, .85)]), c), Part(np.array([(x, -.4), (x + .16, .84), (x - .32, .84)]), DARK * 2), Part(np.array([(x, -.4), (x - .05, .84), (x - .42, .84)]), np.clip(c * 1.3, 0, 1)), Part(stroke([(x, -.7), (x, -.92)], .05), STEEL)]
+    return [Part(np.array([(x, -.7), (.6, -.6), (1.08, .8), (.3, .85)]), c * .72), Part(np.array([(x, -.75), (.42, .85), (-1.05, .85)]), c),
+            Part(np.array([(x, -.4), (x + .16, .84), (x - .32, .84)]), DARK * 2),
+            Part(np.array([(x, -.4), (x - .05, .84), (x - .42, .84)]), np.clip(c * 1.3, 0, 1)),
+            Part(stroke([(x, -.7), (x, -.92)], .05), STEEL)]
 
 
 @_thing(NEAR, INSIDE)
 def _trophy(r):
     c = _one_of(r, (.88, .7, .22), (.75, .76, .8), (.7, .42, .22))
     handles = [p for s in (-1, 1) for p in (Part(ellipse(s * .58, -.5, .3, .32), c * .85), Part(ellipse(s * .58, -.5, .18, .2), hole=True))]
-    return [*handles, Part(spline([(-.58, -.95), (.58, -.95), (.5, -.4), (.12, .12), (-.12, .12), (-.5, -.4)], steps=5), c), Part(ellipse(0, -.94, .56, .09), c * .6), Part(box(-.08, .05, .08, .5), c * .9), Part(ellipse(0, .28, .14, .09), c), Part(box(-.26, .48, .26, .62, .3), c), Part(box(-.42, .62, .42, 1.0, .1), (.25, .15, .1)), Part(box(-.22, .72, .22, .9), c)]
+    return [*handles, Part(spline([(-.58, -.95), (.58, -.95), (.5, -.4), (.12, .12), (-.12, .12), (-.5, -.4)], steps=5), c),
+            Part(ellipse(0, -.94, .56, .09), c * .6), Part(box(-.08, .05, .08, .5), c * .9), Part(ellipse(0, .28, .14, .09), c),
+            Part(box(-.26, .48, .26, .62, .3), c), Part(box(-.42, .62, .42, 1.0, .1), (.25, .15, .1)), Part(box(-.22, .72, .22, .9), c)]
 
 
 @_thing(NEAR, ('beach', 'meadow', 'sea'))
 def _turtle(r):
     c, s = hsv(r.uniform(.2, .4), .5, .6), _one_of(r, (.4, .32, .18), (.3, .4, .2), (.5, .35, .25))
-    return [*[Part(stroke([(x, .4), (x + d, .88)], .26, .2), c) for x, d in ((-.5, -.06), (.45, .06))], Part(spline([(-.8, .4), (-1.1, .55), (-.8, .55)]), c), Part(_line([(.5, .35), (.82, .15), (.95, -.02)], .26, .24), c), Part(ellipse(.98, -.05, .2, .17), c), *_eye(1.04, -.1, .05),
-            Part(spline([(-.88, .45), (-.75, -.1), (-.2, -.5), (.3, -.45), (.7, .05), (.78, .45), (0, .55)]), s, 'cells', .5), Part(_line([(-.9, .45), (0, .56), (.8, .45)], .12), np.clip(s * 1.4, 0, 1))]
+    return [*[Part(stroke([(x, .4), (x + d, .88)], .26, .2), c) for x, d in ((-.5, -.06), (.45, .06))],
+            Part(spline([(-.8, .4), (-1.1, .55), (-.8, .55)]), c), Part(_line([(.5, .35), (.82, .15), (.95, -.02)], .26, .24), c),
+            Part(ellipse(.98, -.05, .2, .17), c), *_eye(1.04, -.1, .05),
+            Part(spline([(-.88, .45), (-.75, -.1), (-.2, -.5), (.3, -.45), (.7, .05), (.78, .45), (0, .55)]), s, 'cells', .5),
+            Part(_line([(-.9, .45), (0, .56), (.8, .45)], .12), np.clip(s * 1.4, 0, 1))]
 
 
 @_thing(NEAR, ('beach', 'street', 'meadow', 'room'))
 def _umbrella(r):
     a, b = hsv(r.uniform(), .75, .8), _one_of(r, WHITE, (.9, .8, .4), (.2, .2, .25))
-    dome = lambda k: spline([(-.98 * k, .05), (-.75 * k, -.5), (0, -.95), (.75 * k, -.5), (.98 * k, .05), (.5 * k, -.06), (0, .04), (-.5 * k, -.06)])
-    return [Part(_line([(0, -.9), (0, .85), (.1, 1.02), (.26, .92)], .07), (.35, .25, .18)), *[Part(dome(k), (a, b)[i % 2]) for i, k in enumerate((1, .66, .33))], Part(stroke([(0, -.93), (0, -1.1)], .06), DARK)]
+    dome = lambda k: spline([(-.98 * k, .05), (-.75 * k, -.5), (0, -.95), (.75 * k, -.5), (.98 * k, .05), (.5 * k, -.06), (0, .04),
+            (-.5 * k, -.06)])
+    return [Part(_line([(0, -.9), (0, .85), (.1, 1.02), (.26, .92)], .07), (.35, .25, .18)),
+            *[Part(dome(k), (a, b)[i % 2]) for i, k in enumerate((1, .66, .33))], Part(stroke([(0, -.93), (0, -1.1)], .06), DARK)]
 
 # %% ../../nbs/data/03_miniature.ipynb #e455db0e
 def _stage(rng, image, stand, thing: Thing, scale: float, light: float) -> np.ndarray:
     "Paint a thing at a place that suits its pose; returns its mask (bool)."
     px = SIZE * scale * thing.scale
-    y = {'stands': min(stand * SIZE + 30 * scale, SIZE + 6) - px * .93, 'flies': rng.uniform(.18, .55) * SIZE, 'floats': stand * SIZE - px * .4}[thing.pose]
+    y = {'stands': min(stand * SIZE + 30 * scale, SIZE + 6) - px * .93, 'flies': rng.uniform(.18, .55) * SIZE,
+            'floats': stand * SIZE - px * .4}[thing.pose]
     turn = rng.normal(0, .22 if thing.pose == 'flies' else .06)
     place = affine(rng, rng.uniform(.12, .88) * SIZE, max(y, px * .55), px, turn)
     return paint(rng, image, thing.draw(rng), place, light, .12 if thing.pose != 'stands' else rng.uniform(.2, .45)) > .5
@@ -459,7 +570,8 @@ TILE, CELLS = 288, 3
 
 
 def _fields(rng, n):
-    angle, pick = rng.uniform(0, np.pi), rng.permutation(np.array([(.42, .5, .24), (.55, .56, .3), (.66, .58, .38), (.5, .4, .28), (.34, .44, .22), (.72, .66, .46)]))
+    angle, pick = rng.uniform(0, np.pi), rng.permutation(np.array([(.42, .5, .24), (.55, .56, .3), (.66, .58, .38), (.5, .4, .28),
+            (.34, .44, .22), (.72, .66, .46)]))
     u, v = lattice(n, angle, offset=rng.uniform(0, 90, 2))
     du, dv = rng.uniform(34, 60, 2)
     row = np.floor(v / dv)
@@ -496,16 +608,19 @@ def _range(rng, n):
 def _crowns(rng, n):
     near, _, number = worley(rng, n, rng.uniform(6, 8))
     lit = 1 - near + .35 * np.roll(near, (2, 2), (0, 1)) - .15
-    return _one_of(rng, (.20, .32, .17), (.16, .27, .18), amount=.015) * (.45 + .85 * lit + .12 * np.sin(number * 2.4) + .10 * noise(rng, n, 40, 2))[..., None]
+    return _one_of(rng, (.20, .32, .17), (.16, .27, .18), amount=.015) * (.45 + .85 * lit + .12 * np.sin(number * 2.4) + .10 * noise(rng, n,
+            40, 2))[..., None]
 
 
 def _water(rng, n):
-    return mix(_one_of(rng, (.13, .24, .30), (.20, .30, .28), amount=.015), (.20, .31, .36), drawing._soft(noise(rng, n, 60, 3), .6)) * (1 + .015 * noise(rng, n, 2, 1, 4))[..., None]
+    return mix(_one_of(rng, (.13, .24, .30), (.20, .30, .28), amount=.015), (.20, .31, .36),
+            drawing._soft(noise(rng, n, 60, 3), .6)) * (1 + .015 * noise(rng, n, 2, 1, 4))[..., None]
 
 
 def _bare(rng, n):
     ridges = 1 - np.abs(noise(rng, n, 26, 5, 2, rng.uniform(0, np.pi)))
-    return _one_of(rng, (.80, .75, .66), (.76, .66, .56), (.74, .73, .71), amount=.015) * (.92 + .13 * ridges + .04 * noise(rng, n, 2, 2))[..., None]
+    return _one_of(rng, (.80, .75, .66), (.76, .66, .56), (.74, .73, .71),
+            amount=.015) * (.92 + .13 * ridges + .04 * noise(rng, n, 2, 2))[..., None]
 
 
 COVERS = (_fields, _town, _range, _crowns, _water, _bare)
@@ -521,7 +636,8 @@ def land_tile(rng):
     if rng.random() < .45:                                                   # a river
         t = np.linspace(-.1, 1.1, 8)
         points = np.stack([t, .5 + .35 * np.sin(t * rng.uniform(2, 6) + rng.uniform(0, 6))], 1) * TILE
-        cover = np.where(coverage(stroke(spline(points if rng.random() < .5 else points[:, ::-1], closed=False), rng.uniform(14, 40), rng.uniform(14, 40)), TILE) > .5, 4, cover)
+        cover = np.where(coverage(stroke(spline(points if rng.random() < .5 else points[:, ::-1], closed=False), rng.uniform(14, 40),
+            rng.uniform(14, 40)), TILE) > .5, 4, cover)
     image = np.zeros((TILE, TILE, 3))
     for i in np.unique(cover): image = np.where((cover == i)[..., None], COVERS[i](rng, TILE), image)
     haze = rng.uniform(0, .15)
@@ -547,7 +663,8 @@ def lesion(rng, kind: str):
     skin = _one_of(rng, (.90, .72, .66), (.84, .66, .56), (.93, .79, .74), (.76, .56, .46), (.86, .63, .60), amount=.015)
     image = np.ones((SIZE, SIZE, 3)) * skin * (1 + .03 * noise(rng, SIZE, 24, 3) + .02 * noise(rng, SIZE, 3, 2))[..., None]
     image[..., 1:] *= 1 - .05 * np.clip(noise(rng, SIZE, 30, 2), 0, 2)[..., None]
-    size, rough, soft = {'nevus': ((.13, .30), .05, (2.5, 5)), 'seborrheic_keratosis': ((.16, .36), .07, (1., 2.2)), 'melanoma': ((.2, .38), .13, (1.8, 4.5))}[kind]
+    size, rough, soft = {'nevus': ((.13, .30), .05, (2.5, 5)), 'seborrheic_keratosis': ((.16, .36), .07, (1., 2.2)),
+            'melanoma': ((.2, .38), .13, (1.8, 4.5))}[kind]
     centre, r = rng.uniform(.38, .62, 2) * SIZE, SIZE * rng.uniform(*size)
     shape = blob(rng, *centre, r * np.exp(rng.uniform(-.2, .2)), r, rough, 7)
     shape = centre + (shape - centre) @ affine(rng, 0, 0, 1, rng.uniform(0, 6.28))[0].T
@@ -579,10 +696,12 @@ def lesion(rng, kind: str):
         image = image * (1 - hair) + np.array([.17, .11, .09]) * hair
     for _ in range(rng.poisson(3) if rng.random() < .3 else 0):              # bubbles in the gel
         x, y, q = *rng.uniform(0, SIZE, 2), rng.uniform(1.5, 5)
-        image = image + .35 * np.clip(coverage(ellipse(x, y, q, q), SIZE) - coverage(ellipse(x + .5, y + .6, q * .8, q * .8), SIZE), 0, 1)[..., None]
+        image = image + .35 * np.clip(coverage(ellipse(x, y, q, q), SIZE) - coverage(ellipse(x + .5, y + .6, q * .8, q * .8), SIZE), 0,
+            1)[..., None]
     if rng.random() < .2:                                                    # a ruler
         x = rng.uniform(.02, .1) * SIZE
-        for k, y in enumerate(np.arange(2, SIZE, 4)): image *= 1 - .7 * coverage(box(x, y, x + (9 if k % 5 == 0 else 5), y + .8), SIZE)[..., None]
+        for k, y in enumerate(np.arange(2, SIZE, 4)): image *= 1 - .7 * coverage(box(x, y, x + (9 if k % 5 == 0 else 5), y + .8), SIZE)[...,
+            None]
     yy, xx = np.mgrid[:SIZE, :SIZE] / SIZE - .5
     if rng.random() < .35: image = image * (1 - drawing._soft(np.hypot(xx, yy) - rng.uniform(.52, .62), 25) * .95)[..., None]
     image = image * (1 + rng.uniform(-.25, .25) * xx + rng.uniform(-.25, .25) * yy)[..., None]
@@ -597,42 +716,53 @@ def radiograph(rng):
     place = lambda shape: ((np.asarray(shape) * [wide, high]) @ turn.T + [.5 + dx, .5 + dy]) * SIZE
     area = lambda shape, soft: blur(coverage(place(shape), SIZE), soft * SIZE / 96)
     top, base, swing = rng.normal(-.36, .02), rng.normal(.30, .035), rng.normal(0, .015)
-    right = spline(jitter([(-.12, top), (-.21, top + .03), (-.31, -.15), (-.355, .08), (-.36, base), (-.25, base - .06), (-.12, base - .03), (-.075, .05), (-.07, -.17)]))
-    left = spline(jitter([(.12, top), (.21, top + .03), (.31, -.15), (.36, .08), (.365, base + .03), (.29, base - .02), (.215, base - .06), (.175, .1), (.085, -.04), (.075, -.2)]))
-    body = blur(coverage(place(spline([(-.16, -.6), (-.18, -.44), (-.42, -.36), (-.56, -.2), (-.47, .1), (-.47, .7), (.47, .7), (.47, .1), (.56, -.2), (.42, -.36), (.18, -.44), (.16, -.6)])), SIZE), 2.5)
+    right = spline(jitter([(-.12, top), (-.21, top + .03), (-.31, -.15), (-.355, .08), (-.36, base), (-.25, base - .06), (-.12, base - .03),
+            (-.075, .05), (-.07, -.17)]))
+    left = spline(jitter([(.12, top), (.21, top + .03), (.31, -.15), (.36, .08), (.365, base + .03), (.29, base - .02), (.215, base - .06),
+            (.175, .1), (.085, -.04), (.075, -.2)]))
+    body = blur(coverage(place(spline([(-.16, -.6), (-.18, -.44), (-.42, -.36), (-.56, -.2), (-.47, .1), (-.47, .7), (.47, .7), (.47, .1),
+            (.56, -.2), (.42, -.36), (.18, -.44), (.16, -.6)])), SIZE), 2.5)
     lungs = np.maximum(coverage(place(right), SIZE), coverage(place(left), SIZE))
     film = .62 * body - rng.uniform(.36, .5) * blur(lungs, 1.3) * (1 + .06 * noise(rng, SIZE, 14, 3))
-    film += .24 * area(box(-.07 + swing, -.6, .07 + swing, .6), 2) + rng.uniform(.16, .26) * area(spline([(-.06, -.06), (.08, -.08), (.2, .12), (.23, base), (0, base + .06), (-.1, base - .05)]), 2.2)
-    film += .16 * area(spline([(-.5, base), (-.36, base - .03), (-.22, base - .1), (-.05, base), (.2, base - .05), (.34, base), (.5, base + .05), (.5, .8), (-.5, .8)]), 3)
+    film += .24 * area(box(-.07 + swing, -.6, .07 + swing, .6), 2) + rng.uniform(.16,
+            .26) * area(spline([(-.06, -.06), (.08, -.08), (.2, .12), (.23, base), (0, base + .06), (-.1, base - .05)]), 2.2)
+    film += .16 * area(spline([(-.5, base), (-.36, base - .03), (-.22, base - .1), (-.05, base), (.2, base - .05), (.34, base),
+            (.5, base + .05), (.5, .8), (-.5, .8)]), 3)
     film += .12 * area(ellipse(.07, -.2, .06, .06), 1.5)
-    film += .04 * np.clip(noise(rng, SIZE, 7, 3), 0, 3) * blur(lungs, 3) * blur(area(box(-.25, -.2, .25, .2), 8), 2)          # vessels about the hilum
+    film += .04 * np.clip(noise(rng, SIZE, 7, 3), 0, 3) * blur(lungs, 3) * blur(area(box(-.25, -.2, .25, .2), 8),
+            2)          # vessels about the hilum
     bones = np.zeros((SIZE, SIZE), np.float32)
     gap, droop, strength = rng.normal(.082, .005), rng.normal(.10, .02), rng.uniform(.035, .085)
     for k in range(9):                                                       # ribs: the back arcs fall outward, the front ones inward
         y, w = -.40 + k * gap, .20 + .17 * np.sin(min(k + 1.5, 6) / 6 * np.pi / 2)
         for s in (-1, 1):
             bones += area(_line([(s * .05, y), (s * w * .6, y - .035), (s * w, y + droop)], .034), .5)
-            if k > 1: bones += .6 * area(_line([(s * w, y + droop * .9), (s * w * .75, y + droop + .08), (s * .13, y + droop + .12)], .03), .6)
+            if k > 1: bones += .6 * area(_line([(s * w, y + droop * .9), (s * w * .75, y + droop + .08), (s * .13, y + droop + .12)], .03),
+            .6)
     for s in (-1, 1): bones += 1.5 * area(_line([(s * .04, -.34), (s * .2, -.385), (s * .43, -.43 + rng.normal(0, .02))], .035, .028), .5)
     for k in np.arange(-.5, .55, .09): bones += .8 * area(box(-.05 + swing, k, .05 + swing, k + .06, .5), .8)
     film = film + strength * bones * body
-    if rng.random() < .3: film += rng.uniform(.02, .10) * blur(coverage(place(blob(rng, rng.choice([-.22, .24]), rng.uniform(-.2, .15), .09, .08, .25)), SIZE), 3.5)      # a shadow in a lung
+    if rng.random() < .3: film += rng.uniform(.02, .10) * blur(coverage(place(blob(rng, rng.choice([-.22, .24]), rng.uniform(-.2, .15), .09,
+            .08, .25)), SIZE), 3.5)      # a shadow in a lung
     film = film * (1 + rng.normal(0, .05) * np.linspace(-1, 1, SIZE)[None]) + .02
     grey = np.clip((film - film.min()) / (np.quantile(film, .995) - film.min()), 0, 1) ** np.exp(rng.normal(-.05, .22))
     grey = (grey - .5) * rng.uniform(.75, 1.05) + .5 + rng.normal(0, .04)
-    if rng.random() < .5: grey[4:11, (4 if rng.random() < .5 else 84):][:, :5] = np.maximum(.9 * np.array([[1, 0, 0, 0, 0]] * 6 + [[1, 1, 1, 1, 1]]), grey[4:11, :5] * 0 + .1)
+    if rng.random() < .5: grey[4:11, (4 if rng.random() < .5 else 84):][:,
+            :5] = np.maximum(.9 * np.array([[1, 0, 0, 0, 0]] * 6 + [[1, 1, 1, 1, 1]]), grey[4:11, :5] * 0 + .1)
     grey = blur(grey.astype(np.float32), rng.uniform(.2, .9)) + rng.normal(0, rng.uniform(.005, .025), (SIZE, SIZE))
     return (np.clip(grey, 0, 1) * 255).round().astype(np.uint8), ((lungs > .5) * 255).astype(np.uint8)
 
-# %% ../../nbs/data/03_miniature.ipynb #8ebd3197
-COUNTS = {'VOC2012': 900, 'FSS-1000': len(NEAR), 'Deepglobe': 16, 'ISIC': 150, 'LungSegmentation': 80}     # scenes, classes, tiles, lesions, films
+# %% ../../nbs/data/03_miniature.ipynb #46aed4cd
+COUNTS = {'VOC2012': 900, 'FSS-1000': len(NEAR), 'Deepglobe': 16, 'ISIC': 150,
+            'LungSegmentation': 80}     # scenes, classes, tiles, lesions, films
 TRAIN_SHARE = 5 / 6                                                          # of the source scenes; the others are validation
 FSS_SPLIT = {'trn': 3, 'val': 3}                                             # classes; all the others are test
 CLASS_NAMES = {'VOC2012': tuple(SOURCE), 'FSS-1000': tuple(sorted(NEAR)), 'Deepglobe': LAND, 'ISIC': LESIONS, 'LungSegmentation': ('lung',)}
 STREAM = 0                                                                   # the pretraining world uses other words of the seed
 
 
-PALETTE = np.concatenate([[(0, 0, 0)], [hsv(i * .381, .75, .55 + .4 * (i % 2)) * 255 for i in range(1, 255)], [(224, 224, 192)]]).astype(np.uint8).tobytes()
+PALETTE = np.concatenate([[(0, 0, 0)], [hsv(i * .381, .75, .55 + .4 * (i % 2)) * 255 for i in range(1, 255)],
+            [(224, 224, 192)]]).astype(np.uint8).tobytes()
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -690,18 +820,21 @@ def _draw(root: str, seed: str, counts: str, start: int, step: int) -> Iterator[
         yield
 
 
-def make(root: Path | str, seed: int = 0, workers: int = 2, counts: dict[str, int] | None = None, progress: Callable[[int, int], None] | None = None) -> Path:
+def make(root: Path | str, seed: int = 0, workers: int = 2, counts: dict[str, int] | None = None,
+            progress: Callable[[int, int], None] | None = None) -> Path:
     """Draw the five data sets under `root`, in their published layouts. `counts` (see `COUNTS`) makes smaller ones; `progress(done, all)` is called per job.
 
     Raises `InputError` for an unknown data set in `counts`. Layouts: protocol card, section 2."""
     root, counts = Path(root), COUNTS | (counts or {})
     if extra := set(counts) - set(COUNTS): raise InputError(f"counts: unknown data set {sorted(extra)[0]!r}; use {', '.join(COUNTS)}")
-    fan_out('cdfss.data.miniature:_draw', [str(root), str(seed), json.dumps({k: counts[k] for k in COUNTS})], sum(counts.values()), workers, progress)
+    fan_out('cdfss.data.miniature:_draw', [str(root), str(seed), json.dumps({k: counts[k] for k in COUNTS})], sum(counts.values()), workers,
+            progress)
     names = [f'2012_{i + 1:06d}' for i in range(counts['VOC2012'])]
     cut = round(TRAIN_SHARE * len(names))
     classes = sorted(NEAR)[:counts['FSS-1000']]
     first, second = FSS_SPLIT['trn'], FSS_SPLIT['trn'] + FSS_SPLIT['val']
-    lists = {'VOC2012/ImageSets/Segmentation/trainaug.txt': names[:cut], 'VOC2012/ImageSets/Segmentation/val.txt': names[cut:], 'VOC2012/classes.txt': list(SOURCE),
+    lists = {'VOC2012/ImageSets/Segmentation/trainaug.txt': names[:cut], 'VOC2012/ImageSets/Segmentation/val.txt': names[cut:],
+            'VOC2012/classes.txt': list(SOURCE),
              'splits/fss/trn.txt': classes[:first], 'splits/fss/val.txt': classes[first:second], 'splits/fss/test.txt': classes[second:],
              'ISIC/class_id.csv': ['ID,Class', *(f'ISIC_{i:07d},{LESIONS[i % 3]}' for i in range(counts['ISIC']))]}
     for name, lines in lists.items():

@@ -43,7 +43,7 @@ def run_jobs(home: Path, step: dict, jobs: dict[str, Callable[[], list[Path]]], 
     path = home/JOURNAL
     if not path.exists() and (taken := next((f for f in owned if f.is_dir() and any(f.iterdir())), None)):
         raise InputError(f"{taken}: holds files that this program did not make: remove the folder or choose another data_root")
-    path.touch()
+    if not path.exists(): path.touch()
     with alone(path), open(path, 'a') as journal:
         if path.stat().st_size == 0: journal.write(json.dumps(step) + '\n')
         elif not path.read_bytes().endswith(b'\n'): journal.write('\n')
@@ -131,8 +131,8 @@ def _need(found: list[Path], name: str, what: str, source: Path) -> Path:
     return found[0]
 
 def _named(*names: str) -> Callable:
-    "A test for folders of these names that hold files."
-    return lambda path, dirs, files: path.name.lower() in [n.lower() for n in names] and bool(files)
+    "A test for folders of these names that hold pictures."
+    return lambda path, dirs, files: path.name.lower() in [n.lower() for n in names] and any(Path(f).suffix.lower() in IMAGES for f in files)
 
 def _stems(folder: Path, suffixes=IMAGES) -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes and p.name[0] != '.'}

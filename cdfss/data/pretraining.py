@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..basics import InputError, atomic_write, file_hash, write_json
 from . import drawing
-from .drawing import BACKDROPS, TEXTURES, Part, affine, backdrop, blob, box, clutter, ellipse, fan_out, hsv, lens, mix, paint, spline, star
+from .drawing import BACKDROPS, TEXTURES, Part, affine, backdrop, box, clutter, ellipse, fan_out, hsv, lens, mix, paint, spline, star
 from .drawing import stroke, texture, tint, vivid
 
 # %% ../../nbs/data/06_pretraining.ipynb #0fe8b5de
@@ -46,7 +46,8 @@ BODIES: dict[str, Callable] = {
     'corner': lambda r: [np.array([(-.8, -.9), (-.1, -.9), (-.1, .2), (.9, .2), (.9, .9), (-.8, .9)])],
     'dome': lambda r: [np.concatenate([ellipse(0, .5, .95, 1.25, start=np.pi, stop=2 * np.pi)])],
     'flower': lambda r: [ellipse(.58 * np.cos(t), .58 * np.sin(t), .42, .42) for t in np.arange(6) * np.pi / 3] + [ellipse(0, 0, .5, .5)],
-    'fork': lambda r: [stroke([(0, 1), (0, .1)], .34), stroke([(0, .2), (-.6, -.8)], .32, .2), stroke([(0, .2), (.6, -.8)], .32, .2), stroke([(0, .2), (0, -1)], .3, .2)],
+    'fork': lambda r: [stroke([(0, 1), (0, .1)], .34), stroke([(0, .2), (-.6, -.8)], .32, .2), stroke([(0, .2), (.6, -.8)], .32, .2),
+            stroke([(0, .2), (0, -1)], .3, .2)],
     'stack': lambda r: [ellipse(0, .55, .75, .42), ellipse(0, -.05, .55, .35), ellipse(0, -.6, .36, .3)],
 }
 
@@ -60,12 +61,16 @@ APPENDAGES: dict[str, Callable] = {                                         # na
     'legs': lambda r, c: ([Part(stroke([(x, .3), (x + r.normal(0, .1), 1.45)], .17, .13), c) for x in (-.6, -.25, .25, .6)], []),
     'wheels': lambda r, c: ([], [Part(ellipse(x, .75, q, q), c * k) for x in (-.5, .5) for q, k in ((.34, .4), (.15, 1.))]),
     'ears': lambda r, c: ([Part(spline([(x - .2, -.4), (x * 1.5, -1.5), (x + .2, -.4)]), c) for x in (-.42, .42)], []),
-    'wings': lambda r, c: ([Part(spline([(s * .3, .1), (s * 1.0, -.8), (s * 1.7, -.7), (s * 1.35, -.1), (s * .9, .35)]), c, 'fur', .4) for s in (-1, 1)], []),
-    'tail': lambda r, c: ([Part(stroke(spline([(.5, .2), (1.2, .3), (1.5, -.3), (1.25, -.8)], closed=False), .3, .12), c, 'stripes', .3)], []),
+    'wings': lambda r, c: ([Part(spline([(s * .3, .1), (s * 1.0, -.8), (s * 1.7, -.7), (s * 1.35, -.1), (s * .9, .35)]), c, 'fur',
+            .4) for s in (-1, 1)], []),
+    'tail': lambda r, c: ([Part(stroke(spline([(.5, .2), (1.2, .3), (1.5, -.3), (1.25, -.8)], closed=False), .3, .12), c, 'stripes', .3)],
+            []),
     'handle': lambda r, c: ([Part(ellipse(.95, 0, .5, .55), c), Part(ellipse(.95, 0, .28, .33), hole=True)], []),
     'spikes': lambda r, c: ([Part(star(13, .8, 1.35, r.uniform(0, 1)), c)], []),
-    'stem': lambda r, c: ([Part(stroke([(0, -.5), (.1, -1.45)], .13, .1), c * .7), Part(spline([(.1, -1.2), (.5, -1.6), (.95, -1.35), (.5, -1.1)]), c)], []),
-    'face': lambda r, c: ([], [Part(ellipse(x, -.12, .2, .22), np.ones(3) * .95) for x in (-.3, .3)] + [Part(ellipse(x, -.1, .1, .12), np.ones(3) * .08) for x in (-.3, .3)]
+    'stem': lambda r, c: ([Part(stroke([(0, -.5), (.1, -1.45)], .13, .1), c * .7),
+            Part(spline([(.1, -1.2), (.5, -1.6), (.95, -1.35), (.5, -1.1)]), c)], []),
+    'face': lambda r, c: ([], [Part(ellipse(x, -.12, .2, .22), np.ones(3) * .95) for x in (-.3, .3)] + [Part(ellipse(x, -.1, .1, .12),
+            np.ones(3) * .08) for x in (-.3, .3)]
                           + [Part(stroke(spline([(-.25, .3), (0, .42), (.25, .3)], closed=False), .09), c * .4)]),
     'belt': lambda r, c: ([], [Part(box(-.75, .05, .75, .3), c, 'plain', .1)]),
     'window': lambda r, c: ([], [Part(box(-.3, -.35, .3, .15, .3), c), Part(box(-.03, -.35, .03, .15), c * .4)]),
@@ -122,7 +127,8 @@ def draw(index: int, seed: int = 0, split: int = 0) -> UInt8[np.ndarray, "96 96 
     body = [Part(s, colour, kind.surface, rng.uniform(.3, .6)) for s in BODIES[kind.body](rng)]
     scale = SIZE * np.exp(rng.uniform(np.log(.15), np.log(.4)))
     cx, cy = rng.uniform(.22, .78, 2) * SIZE
-    paint(rng, image, behind + body + before, affine(rng, cx, cy, scale, rng.normal(0, .25), squeeze=.2, shear=.25), light, rng.uniform(0, .5), rng.uniform(.4, 1.2))
+    paint(rng, image, behind + body + before, affine(rng, cx, cy, scale, rng.normal(0, .25), squeeze=.2, shear=.25), light,
+            rng.uniform(0, .5), rng.uniform(.4, 1.2))
     if rng.random() < .25: clutter(rng, image, 2, .4)
     return lens(rng, image, .2, .08, .8, .012)
 
@@ -190,7 +196,8 @@ def accuracy(net: nn.Module, pictures: np.ndarray, batch: int = 250) -> float:
     return 100 * right / len(pictures)
 
 
-def train(out: Path, images: int = 36_000, validation: int = 2_000, epochs: int = 6, batch: int = 128, lr: float = 2e-3, weight_decay: float = .05,
+def train(out: Path, images: int = 36_000, validation: int = 2_000, epochs: int = 6, batch: int = 128, lr: float = 2e-3,
+            weight_decay: float = .05,
           seed: int = 0, workers: int = 2, log: Callable = partial(print, flush=True)) -> dict:
     """Draw the world, train `miniature_net` on it with AdamW and a one-cycle rate, and write `out` (float16 safetensors) and the record beside it (.json).
 
@@ -229,11 +236,15 @@ def train(out: Path, images: int = 36_000, validation: int = 2_000, epochs: int 
         weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items()}
         net.load_state_dict(weights)
         atomic_write(out, lambda path: save_file(weights, path))
-        record = {'what': 'miniature_net pretrained on the procedural world of cdfss.data.pretraining', 'classes': len(KINDS), 'images': images,
-                  'validation_images': validation, 'epochs': epochs, 'batch': batch, 'optimiser': f'AdamW, one-cycle to {lr}, weight decay {weight_decay}',
-                  'label_smoothing': .1, 'seed': seed, 'val_accuracy': round(accuracy(net, held_out), 2), 'history': history, 'seconds': round(time.time() - start),
+        record = {'what': 'miniature_net pretrained on the procedural world of cdfss.data.pretraining', 'classes': len(KINDS),
+            'images': images,
+                  'validation_images': validation, 'epochs': epochs, 'batch': batch,
+                  'optimiser': f'AdamW, one-cycle to {lr}, weight decay {weight_decay}',
+                  'label_smoothing': .1, 'seed': seed, 'val_accuracy': round(accuracy(net, held_out), 2), 'history': history,
+                  'seconds': round(time.time() - start),
                   'seconds_drawing': round(drawn), 'torch': torch.__version__, 'timm': timm.__version__, 'numpy': np.__version__,
-                  'code_sha256': {name: file_hash(Path(drawing.__file__).with_name(name)) for name in ('drawing.py', 'pretraining.py')}, 'weights_sha256': file_hash(out)}
+                  'code_sha256': {name: file_hash(Path(drawing.__file__).with_name(name)) for name in ('drawing.py', 'pretraining.py')},
+                  'weights_sha256': file_hash(out)}
     write_json(out.with_suffix('.json'), record)
     return record
 
@@ -250,9 +261,11 @@ def pretrained_net(classifier: bool = False) -> ResNet:
 
 # %% ../../nbs/data/06_pretraining.ipynb #e92b6ffa
 @torch.inference_mode()
-def probe(net: ResNet | None, images: UInt8[np.ndarray, "n h w 3"], masks: np.ndarray, classes: np.ndarray, episodes: int = 300, seed: int = 0) -> float:
+def probe(net: ResNet | None, images: UInt8[np.ndarray, "n h w 3"], masks: np.ndarray, classes: np.ndarray, episodes: int = 300,
+            seed: int = 0) -> float:
     "One-shot mIoU (percent) of prototypes from stage-3 features; `masks` (n, h, w) bool, `classes` (n,). `net=None` is a net with random weights."
-    stretched = ResNet(BasicBlock, layers=(1, 1, 2, 1), channels=(32, 64, 128, 256), stem_type='deep', stem_width=16, num_classes=0, output_stride=8)
+    stretched = ResNet(BasicBlock, layers=(1, 1, 2, 1), channels=(32, 64, 128, 256), stem_type='deep', stem_width=16, num_classes=0,
+            output_stride=8)
     if net is not None: stretched.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith('fc.')})
     stretched.eval()
 
@@ -267,7 +280,8 @@ def probe(net: ResNet | None, images: UInt8[np.ndarray, "n h w 3"], masks: np.nd
     for e in range(episodes):
         c = e % len(kinds)
         q, s = rng.choice(np.flatnonzero(classes == kinds[c]), 2, replace=False)
-        score = [F.cosine_similarity(maps[q], ((maps[s] * w).sum((1, 2)) / w.sum().clamp(min=1e-6))[:, None, None], dim=0) for w in (1 - small[s], small[s])]
+        score = [F.cosine_similarity(maps[q], ((maps[s] * w).sum((1, 2)) / w.sum().clamp(min=1e-6))[:, None, None],
+            dim=0) for w in (1 - small[s], small[s])]
         score = F.interpolate((score[1] - score[0])[None, None], truth.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
         guess = score > 0
         inter[c] += (guess & truth[q]).sum()

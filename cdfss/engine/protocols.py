@@ -84,7 +84,7 @@ def _cross_domain(rule:str, deepglobe:Target, fss:str='test') -> tuple[Target, .
     "The four targets of the benchmark with a rule's counts."
     n = EPISODES.get(rule)
     chest = 'papers count 566 images, the Kaggle release holds 704 masks'
-    return (Target('fss', fss, 2400), replace(deepglobe, episodes=n), Target('isic', '', 2594, n), Target('chest', '', None, n, chest))
+    return (Target('fss', fss, 2400, n if rule == 'balanced' else None), replace(deepglobe, episodes=n), Target('isic', '', 2594, n), Target('chest', '', None, n, chest))
 
 _PAPER = Target('deepglobe', '', 5666, variant="PATNet's paper; its script makes 9,175")
 _DRAWN = 'K supports drawn one by one, only the query rejected: a support may repeat'

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from ..basics import InputError, Options, atomic_write, file_hash, option, unknown, write_json
 from ..data.images import ImageStore
 from ..data.layouts import DATASETS, DataSet, open_dataset
-from ..data.manifests import RULES, Manifest, draw
+from ..data.guard import check_leakage
+from ..data.manifests import Manifest, draw, load_manifests
 from ..data.miniature import miniature_root
 from .evaluate import FeatureStore, evaluate, needed_stages, predict
 from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, confusion
+from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
 from ..methods.seams import build, method_options, parse_recipe
 from ..models.backbones import BackboneOptions, create_backbone, resolve_backbone
@@ -39,7 +41,9 @@ class RunOptions(Options):
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
     min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's rule: 2048)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
-    protocol:str           = option('patnet', "rule that draws the test episodes", choices=('patnet', 'hsnet', 'balanced', 'exhaustive'))
+    protocol:str           = option('patnet', "named protocol: test splits, episode rule and counts (nbs/protocols.ipynb)", choices=[p for p in PROTOCOLS if not PROTOCOLS[p].folds])
+    manifest:str|None      = option(None, "episode manifests to use instead: a .json file, a folder of them, or several with commas between")
+    guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
     test_seed:int          = option(0, "seed of the test episodes; equal for all runs that are compared", low=0, high=2**32 - 1)
     test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image)", low=1)
     track:str              = option('all', "epochs at which targets are followed: all, none, or numbers, e.g. 1,3,6")
@@ -50,7 +54,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights')      # where things lie and how fast, not what they are: content stands for them
+NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
               real=dict(size=400, epochs=20, fit_episodes=1200, backbone='resnet50'))
@@ -101,6 +105,9 @@ def resolve(settings:Options) -> Options:
     if s.source in names(s.targets): raise InputError(f"targets={s.targets}: the source '{s.source}' is among the targets, so nothing would be cross-domain")
     numbers(s.shots, 'shots')
     if s.track not in ('all', 'none'): numbers(s.track, 'track')
+    if s.manifest:
+        missing = [p for p in s.manifest.split(',') if not Path(p.strip()).exists()]
+        if missing: raise InputError(f"manifest={missing[0]}: no such file or folder; give a manifest .json, or leave it out to draw episodes by protocol={s.protocol}")
     if s.device not in ('auto', 'cpu') and not s.device.startswith('cuda'): raise InputError(f"device={s.device}: choose from auto, cpu, cuda")
     if s.device.startswith('cuda') and not torch.cuda.is_available(): raise InputError(f"device={s.device}: torch sees no GPU here; use device=auto or cpu")
     if s.device == 'auto': s = dataclasses.replace(s, device='cuda' if torch.cuda.is_available() else 'cpu')
@@ -121,6 +128,7 @@ class RunData:
     manifests: dict[tuple[str, int], Manifest]
     followed: dict[str, Manifest]
     fingerprints: dict[str, str]
+    guard: dict
     notes: list[str]
 
 def _ready(store:ImageStore, positions=None) -> ImageStore:
@@ -153,23 +161,28 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     source = _ready(store(open_dataset(s.source, root, 'trn' if s.source == 'voc' else None, s.on_error, **kw)))
     held = open_dataset('voc', root, 'val', s.on_error, **kw) if s.source == 'voc' else source.dataset
     validation = _ready(store(dataclasses.replace(held, on_error='skip')))       # a rare class is left out of validation, not an error
-    targets, manifests, followed, prints = {}, {}, {}, {}
-    for name in names(s.targets):
-        candidate = store(open_dataset(name, root, None, s.on_error))
+    rules, targets, manifests, followed, prints = PROTOCOLS[s.protocol], {}, {}, {}, {}
+    opener = lambda name, split: open_dataset(name, root, split, s.on_error)
+    given = load_manifests(s.manifest, opener) if s.manifest else {}
+    for name in dict.fromkeys(n for n, _ in given) if given else names(s.targets):
+        if given: drawn = {k: m for (n, k), m in given.items() if n == name}
+        candidate = store(next(iter(drawn.values())).opened if given else opener(name, rules.split(name)))
         while True:
-            drawn = {k: draw(s.protocol, candidate.dataset, k, s.test_seed, s.test_episodes) for k in sorted({1, *shots})}
+            if not given: drawn = {k: draw(rules.rule, candidate.dataset, k, s.test_seed, s.test_episodes) for k in sorted({1, *shots})}
             ready = _ready(candidate, _used(drawn.values()))
             if ready is candidate: break
+            if given: raise InputError(f"manifest={s.manifest}: it asks for faulty files of '{name}' ({ready.dataset.problems[0]}); mend them or draw other episodes")
             candidate = ready                                                    # faulty items were dropped: draw again from the rest
         targets[name] = candidate
-        manifests |= {(name, k): drawn[k] for k in shots}
-        followed[name] = excerpt(drawn[1], s.track_episodes)
+        manifests |= {(name, k): m for k, m in drawn.items() if given or k in shots}
+        followed[name] = excerpt(drawn.get(1) or drawn[min(drawn)], s.track_episodes)
         prints[name] = _fingerprint(candidate.dataset, _used(drawn.values()))
     followed[s.source] = draw('balanced', validation.dataset, 1, s.test_seed, s.track_episodes)
     prints[s.source] = _fingerprint(source.dataset)
     sets = [source.dataset, validation.dataset, *(t.dataset for t in targets.values())]
     for line in dict.fromkeys(p for d in sets for p in d.problems): say(f'left out: {line}')
-    return RunData(source, validation, targets, manifests, followed, prints, list(dict.fromkeys(n for d in sets for n in d.notes)))
+    guard = check_leakage([*manifests.values(), *followed.values()], source.dataset, on=s.guard)
+    return RunData(source, validation, targets, manifests, followed, prints, guard, list(dict.fromkeys(n for d in sets for n in d.notes)))
 
 # %% ../../nbs/engine/36_train.ipynb #5cef26f2
 def open_run(s:Options, data:RunData) -> Run:
@@ -178,7 +191,7 @@ def open_run(s:Options, data:RunData) -> Run:
     weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
     used = set(parse_recipe(s.method).modules) | {parse_recipe(s.method).base}
     ignored = [k for k in method_options() if k.split('_')[0] not in used]
-    hashed = {k: v for k, v in keys.items() if k not in ignored} | dict(weights=weights, data=data.fingerprints)
+    hashed = {k: v for k, v in keys.items() if k not in ignored} | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
     return Run(Path(s.runs)/f'{s.method}-{run_hash(hashed)}')
 
 def _methods(s:Options, segmenter:Segmenter) -> dict[str, Segmenter]:
@@ -196,9 +209,10 @@ def _score(frame:pd.DataFrame, classes:int) -> dict:
     return {k: round(float(v), 3) for k, v in dict(class_miou=value, low=low, high=high, **other, ifa_compat=METRICS['ifa_compat'](frame, classes=classes)).items()}
 
 def _samples(s:Options, data:RunData, methods, frame:pd.DataFrame, precision_args:dict) -> dict[str, np.ndarray]:
-    "Best, median and worst episode of each target at the first shot number, as pictures: support, query, masks, prediction."
-    shot, kept = numbers(s.shots, 'shots')[0], {}
+    "Best, median and worst episode of each target at its fewest shots, as pictures: support, query, masks, prediction."
+    kept = {}
     for name, store in data.targets.items():
+        shot = min(k for n, k in data.manifests if n == name)
         f = frame[(frame.target == name) & (frame.shot == shot) & (frame.method == s.method)]
         order = f['index'].to_numpy()[np.argsort(-(f.tp / (f.tp + f.fp + f.fn).clip(lower=1)).to_numpy(), kind='stable')]
         at = [int(order[i]) for i in np.linspace(0, len(order) - 1, min(s.samples, len(order))).round().astype(int)]
@@ -273,7 +287,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     frames, seconds = [], {}
     for name, store in data.targets.items():
         features = FeatureStore(segmenter, store, needed_stages(methods), **how) if all(m.shares_encoding for m in methods.values()) else None
-        for k in numbers(s.shots, 'shots'):
+        for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, **how))
         if features: features.__exit__()
@@ -288,7 +302,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         classes = 1000 if name == 'fss' else len(data.targets[name].dataset.classes)
         results.append(dict(method=m, target=name, shot=int(k), episodes=len(f), **_score(f, classes)))
     write_json(run.path/'timing.json', dict(total=round(time.time() - begun, 1), evaluation={k: round(v, 3) for k, v in seconds.items()}))
-    write_json(run.path/'metrics.json', dict(protocol=s.protocol, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
+    write_json(run.path/'metrics.json', dict(protocol='manifest' if s.manifest else s.protocol, guard=data.guard, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
                                              manifests={f'{n}-{k}shot': m.hash for (n, k), m in data.manifests.items()}))
     shutil.rmtree(resume, ignore_errors=True)
 

@@ -166,15 +166,16 @@ def _over_seeds(rows:pd.DataFrame) -> pd.DataFrame:
     out = [(e, *(seed_interval(g['miou']) if len(g) > 1 else (g['miou'].iloc[0], np.nan, np.nan))) for e, g in rows.groupby('epoch')]
     return pd.DataFrame(out, columns=['epoch', 'miou', 'low', 'high'])
 
-def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict):
+def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict, crowded:bool):
     lines = {m: _over_seeds(g) for m, g in rows.groupby('method', sort=False)}
     highest = max(lines, key=lambda m: lines[m]['miou'].max())
     for method, g in lines.items():
         look = looks[method]
         ax.plot(g['epoch'], g['miou'], **look)
         if 'low' in g and g['low'].notna().any():
-            if len(g) > 1: ax.fill_between(g['epoch'], g['low'], g['high'], color=look['color'], alpha=.15, linewidth=0)
+            if len(g) > 1: ax.fill_between(g['epoch'], g['low'], g['high'], color=look['color'], alpha=.07 if crowded else .15, linewidth=0)
             else: ax.vlines(g['epoch'], g['low'], g['high'], color=look['color'], linewidth=1)
+        if crowded: continue
         peak = g.loc[g['miou'].idxmax()]
         ax.plot(peak['epoch'], peak['miou'], 'o', ms=7.5, mfc='none', mec=look['color'], mew=1)
         ax.annotate(f"{peak['miou']:.1f}", (peak['epoch'], peak['miou']), xytext=(0, 7 if method == highest else -7), textcoords='offset points',
@@ -187,26 +188,30 @@ def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict):
 def trajectory(tidy:pd.DataFrame, ax:Axes|None=None, source:str='voc') -> Figure:
     """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method,
     miou and may have low, high and seed (see `tables.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
-    Raises `InputError` for missing columns, no rows, or rows that cannot be told apart."""
+    More than three methods get larger panels and a colour each, and their peaks are not marked. Raises `InputError` for missing columns, no rows, or rows that cannot be told apart."""
     tidy = _filled('tidy', tidy, 'epoch', 'target', 'method', 'miou')
     if 'shot' in tidy and tidy['shot'].nunique() > 1: raise InputError("tidy mixes shots: select one, tidy[tidy.shot == 1]")
     targets = sorted(in_order(tidy['target']), key=lambda t: t != source)
     looks, (first, last) = method_styles(tidy['method']), (tidy['epoch'].min(), tidy['epoch'].max())
+    if crowded := len(looks) > 3:
+        for look, colour, marker in zip(looks.values(), (BLACK, RED, BLUE, GREEN, PINK, ORANGE, SKY, GREY), 'osD^vP*X'): look |= dict(color=colour, marker=marker, linestyle='-')
     if ax is None:
-        columns = len(targets) if len(targets) <= 5 else 4
+        columns = min(len(targets), 3) if crowded else len(targets) if len(targets) <= 5 else 4
         lines = -(-len(targets)//columns)
-        fig, axes = plt.subplots(lines, columns, figsize=(max(min(1.8*columns, WIDTH), 2.6), 1.7*lines + .45), squeeze=False)
+        fig, axes = plt.subplots(lines, columns, figsize=(max(min((2.4 if crowded else 1.8)*columns, WIDTH), 2.6), (2.1 if crowded else 1.7)*lines + .45), squeeze=False)
         axes = list(axes.flat)
     elif len(targets) > 1: raise InputError(f"tidy holds {len(targets)} targets but ax is one panel: select one target")
     else: fig, axes = ax.figure, [ax]
     for panel, target in zip(axes, targets):
-        _trajectory_panel(panel, tidy[tidy['target'] == target], looks)
+        _trajectory_panel(panel, tidy[tidy['target'] == target], looks, crowded)
         panel.set_title(f'{target} (source)' if target == source else target, fontweight='bold')
         panel.set_xlim(first - .08*(last - first + 1), last + .08*(last - first + 1))
     for spare in axes[len(targets):]: spare.remove()
     if ax is None:
         fig.supxlabel('source epoch (0: pretrained backbone)', fontsize=8); fig.supylabel('class mIoU (%)', fontsize=8)
-        fig.legend(handles=[Line2D([], [], label=m, **look) for m, look in looks.items()], loc='outside upper center', ncols=min(len(looks), 4))
+        handles = [Line2D([], [], label=m, **look) for m, look in looks.items()]
+        if crowded and len(targets) < len(axes): fig.legend(handles=handles, loc='lower right', bbox_to_anchor=(.99, .18))       # in the free panel
+        else: fig.legend(handles=handles, loc='outside upper center', ncols=min(len(looks), 4))
     else:
         ax.set(xlabel='source epoch (0: pretrained backbone)', ylabel='class mIoU (%)')
         ax.legend(handles=[Line2D([], [], label=m, **look) for m, look in looks.items()])

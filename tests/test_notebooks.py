@@ -1,0 +1,136 @@
+"The notebooks as files, and the run notebook as a user starts it: through papermill, in a process of its own."
+import json, re, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+from cdfss.engine.runs import Run, parameters_cell
+from cdfss.engine.train import SECTIONS, TrainSettings
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+RUN = [p for p in NOTEBOOKS if p.parent == ROOT/'nbs' and not p.name[0].isdigit()]
+LIBRARY = [p for p in NOTEBOOKS if p not in RUN]
+named = dict(ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+
+def cells(path, kind='code'): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
+def source(cell): return ''.join(cell['source'])
+def tagged(path): return [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
+
+# ---- as files ---------------------------------------------------------------------------------------------------------------
+def test_there_are_both_kinds(): assert ROOT/'nbs'/'train.ipynb' in RUN and len(LIBRARY) > 10
+
+@pytest.mark.parametrize('path', RUN, **named)
+def test_run_notebooks_are_ready_for_papermill(path):
+    assert len(tagged(path)) == 1, 'exactly one cell tagged `parameters`: nbdev_clean drops tags unless settings.ini allows them'
+    book = json.loads(path.read_text())
+    assert book['metadata']['kernelspec']['name'] == 'python3' and book['nbformat'] == 4
+    assert not [o for c in cells(path) for o in c['outputs']] and all(c['execution_count'] is None for c in cells(path))
+    assert not [c for c in cells(path) if re.search(r'^#\|\s*(export|default_exp)', source(c), re.M)]
+
+@pytest.mark.parametrize('path', NOTEBOOKS, **named)
+def test_notebooks_are_small_and_titled(path):
+    assert path.stat().st_size < 1_200_000
+    title = next(c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
+    assert re.match(r'# \S', source(title))
+    ids = [c['id'] for c in json.loads(path.read_text())['cells']]
+    assert len(set(ids)) == len(ids)
+
+@pytest.mark.parametrize('path', LIBRARY, **named)
+def test_library_notebooks_export(path):
+    code = [source(c) for c in cells(path)]
+    assert any(re.search(r'^#\|\s*export', c, re.M) for c in code) and sum('#| default_exp' in c for c in code) == 1
+    assert not tagged(path)
+    module = ROOT/'cdfss'/(re.search(r'#\| default_exp (\S+)', '\n'.join(code))[1].replace('.', '/') + '.py')
+    assert module.exists() and path.name in module.read_text()[:200]
+    assert not [o for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
+
+def test_the_parameters_cell_is_that_of_the_settings():
+    [cell] = tagged(ROOT/'nbs'/'train.ipynb')
+    assert source(cell) == parameters_cell(TrainSettings, SECTIONS)
+
+MACHINE_PATH = re.compile(r'(^|[^\w.-])/(work|root|home|tmp)/', re.M)
+
+def words(path) -> str:
+    "What is written in a file; of a notebook, sources and textual outputs."
+    if path.suffix != '.ipynb': return path.read_text()
+    book, text = json.loads(path.read_text())['cells'], lambda v: ''.join(v) if isinstance(v, (list, str)) else ''
+    outputs = [o for c in book for o in c.get('outputs', [])]
+    return '\n'.join([*map(source, book), *(text(o.get('text')) for o in outputs),
+                      *(text(v) for o in outputs for k, v in o.get('data', {}).items() if not k.startswith('image/'))])
+
+def test_no_path_of_a_machine_is_tracked():
+    assert all(MACHINE_PATH.search(f'{before}/{d}/x') for before in ('', 'in ', '"', '=') for d in ('home', 'work', 'root', 'tmp'))
+    assert not any(MACHINE_PATH.search(t) for t in ('a.b/tmp/x', 'data/work/y', '~/home', '/tmpfile', '/homes/x'))
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip('no git here')
+    files = [ROOT/f for f in listed.stdout.split('\n') if f.endswith(('.ipynb', '.py', '.md', '.toml', '.ini')) or f in ('Makefile', '.ci/run')]
+    found = [f'{f.relative_to(ROOT)}: {m[0]}' for f in files if f.exists() for m in MACHINE_PATH.finditer(words(f))]
+    assert not found
+
+# ---- as a user runs it ------------------------------------------------------------------------------------------------------
+papermill = shutil.which('papermill', path=str(Path(sys.executable).parent))
+SMALL = dict(epochs=1, fit_episodes=16, test_episodes=8, track_episodes=8, targets='isic', shots=1)
+
+def execute(folder, *output, **given):
+    "The command of the README with other parameters, started in `folder`."
+    values = [a for k, v in (SMALL | dict(runs=str(folder/'runs')) | given).items() for a in ('-p', k, str(v))]
+    return subprocess.run([papermill, str(ROOT/'nbs'/'train.ipynb'), *output, *values], cwd=folder, capture_output=True, text=True, timeout=300)
+
+def folders(root, n):
+    found = [root/str(i) for i in range(n)]
+    for f in found: f.mkdir()
+    return found
+
+@pytest.fixture(scope='module')
+def two_runs(tmp_path_factory):
+    "Without an output path, and then with one, in another folder."
+    a, b = folders(tmp_path_factory.mktemp('runs'), 2)
+    first = execute(a)                                                        # alone: it may have to draw the miniature
+    return (a, first), (b, execute(b, 'out.ipynb', method='loec'))
+
+@pytest.mark.slow
+def test_without_an_output_path(two_runs):
+    (folder, done), _ = two_runs
+    assert done.returncode == 0, done.stderr[-3000:]
+    [path] = (folder/'runs').iterdir()
+    run = Run(path)
+    assert run.complete and path.name.startswith('ssp+lcm-') and not (path/'resume').exists()
+    assert {'params.json', 'env.json', 'metrics.json', 'weights.safetensors', 'history.csv', 'episodes.parquet', 'samples.npz'} <= {p.name for p in path.iterdir()}
+    assert run.params['epochs'] == 1 and run.params['shots'] == '1' and {(r['method'], r['target']) for r in run.metrics['results']} == {('ssp', 'isic'), ('ssp+lcm', 'isic')}
+    assert sorted(p.name for p in folder.iterdir()) == ['runs'], 'something was written beside the run folder'
+    json.loads(done.stdout)                                                   # papermill prints the executed notebook
+    kept = list(path.glob('*.ipynb'))
+    assert len(kept) == 1, 'the executed notebook is kept in the run folder'
+    executed(kept[0])
+
+def executed(path):
+    book = json.loads(path.read_text())
+    outputs = [o for c in book['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    assert not [o for o in outputs if o['output_type'] == 'error']
+    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2, 'pictures of episodes and results'
+    assert any('isic' in ''.join(o.get('text', '')) for o in outputs)
+
+@pytest.mark.slow
+def test_with_an_output_path(two_runs):
+    _, (folder, done) = two_runs
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed(folder/'out.ipynb')
+    [path] = (folder/'runs').iterdir()
+    assert Run(path).complete and path.name.startswith('ssp+lem+lcm-')
+
+@pytest.fixture(scope='module')
+def refusals(tmp_path_factory, two_runs):
+    "Bad commands, two at a time."
+    bad = dict(methd='lcm', epochs='two', data_root='nowhere', weights='nofile.pth')
+    with ThreadPoolExecutor(2) as pool:
+        where = folders(tmp_path_factory.mktemp('bad'), len(bad))
+        return dict(zip(bad, zip(where, pool.map(lambda f, kv: execute(f, **dict([kv])), where, bad.items()))))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name,said', [('methd', "unknown parameter 'methd': did you mean 'method'?"), ('epochs', "epochs='two' is str, expected int"),
+                                       ('data_root', 'data_root=nowhere: no such folder'), ('weights', 'weights=nofile.pth: no such file')])
+def test_a_bad_command_ends_in_one_clear_line(refusals, name, said):
+    folder, done = refusals[name]
+    last = done.stderr.strip().split('\n')[-1]
+    assert done.returncode == 1 and last.startswith('SystemExit: error: ') and said in last, done.stderr[-2000:]
+    assert not list(folder.rglob('*')), 'nothing is computed or written'
