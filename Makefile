@@ -6,6 +6,10 @@ PYTHON ?= python3
 METHOD ?= lcm
 ARGS   ?=
 
+# the system's certificates, so that set-up works behind a company's proxy (both names: uv renamed it)
+export UV_SYSTEM_CERTS := 1
+export UV_NATIVE_TLS   := 1
+
 .PHONY: setup train test study export clean-notebooks lock wheel
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -13,7 +17,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (about a minute the first time)"
 	@$(BIN)/python -m pip install -q uv
-	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock || $(BIN)/python -m pip install -q -r requirements.lock
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 
