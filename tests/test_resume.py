@@ -31,17 +31,18 @@ def values(miniature):
     return dict(data_root=str(miniature), backbone='miniature', weights='none', size=64, epochs=2, fit_episodes=32, lr=.003, batch=8, test_episodes=12,
                 track_episodes=12, samples=1, targets='isic,chest', shots='1')
 
-def training(values, cache, runs, end=None) -> tuple[int, dict[str, float]]:
-    "Exit code and events (with CPU times) of a process that trains."
+def training(values, cache, runs, end=None, kill=None) -> tuple[int, dict[str, int]]:
+    "Exit code and events (with calls so far) of a process that trains; it is killed when it says `kill`, or kills itself as `end` says (see `work`)."
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(values | dict(runs=str(runs)), cache, far, end))
     process.start()
     far.close()
     events = {}
     while True:
-        try: event, at = near.recv()
+        try: event, calls = near.recv()
         except EOFError: break
-        events.setdefault(event, at)
+        events.setdefault(event, calls)
+        if kill and event.startswith(kill): process.kill()
     process.join()
     return process.exitcode, events
 
@@ -92,12 +93,12 @@ def test_another_seed_gives_another_run(undisturbed, values, cache, tmp_path):
 def test_killed_again_and_again_the_run_ends_the_same(undisturbed, values, cache, tmp_path, seed):
     chance, run, left = random.Random(seed), Run(tmp_path/undisturbed.path.name), undisturbed.left
     epoch, block = left('epoch 0') - left('epoch 1'), left('evaluating isic') - left('evaluating chest')
-    # progress adds up over the starts, so the later moments are chosen closer to their event
-    for event, most in (('epoch 0', epoch), ('epoch 0', .6*epoch), ('epoch 1', .3*epoch), ('epoch 2', block), ('evaluating isic', .7*block),
-                        ('evaluating chest', .3*left('evaluating chest'))):
-        moment = max(.001, chance.uniform(0, most))
-        code, events = training(values, cache, tmp_path, (event, moment))
-        assert code == -signal.SIGPROF and found(events, event) and not found(events, 'done'), (event, moment, code, list(events))
+    # progress adds up over the starts, so the later moments lie closer to their event
+    for event, most in (('epoch 0', epoch), ('epoch 0', .6*epoch), ('epoch 1', .3*epoch), ('epoch 1', None), ('epoch 2', block), ('evaluating isic', .7*block),
+                        ('evaluating chest', .6*left('evaluating chest'))):
+        when = dict(kill=event) if most is None else dict(end=(event, chance.randint(1, int(most))))
+        code, events = training(values, cache, tmp_path, **when)
+        assert code == -signal.SIGKILL and found(events, event) and not found(events, 'done'), (when, code, list(events))
         assert not run.complete
     assert (run.path/'resume'/'state.pt').exists()
     last = finished(values, cache, tmp_path)

@@ -21,7 +21,7 @@ from ..data.manifests import Manifest, draw, load_manifests
 from ..data.miniature import miniature_root
 from .evaluate import FeatureStore, evaluate, needed_stages, predict
 from .fit import FitOptions, fit
-from .metrics import METRICS, bootstrap, confusion
+from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
 from ..methods.seams import build, method_options, parse_recipe
@@ -181,7 +181,8 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     prints[s.source] = _fingerprint(source.dataset)
     sets = [source.dataset, validation.dataset, *(t.dataset for t in targets.values())]
     for line in dict.fromkeys(p for d in sets for p in d.problems): say(f'left out: {line}')
-    guard = check_leakage([*manifests.values(), *followed.values()], source.dataset, on=s.guard)
+    apart = [m for n, m in followed.items() if n != s.source or held is not source.dataset]    # a source without a split of its own validates on itself
+    guard = check_leakage([*manifests.values(), *apart], source.dataset, on=s.guard)
     return RunData(source, validation, targets, manifests, followed, prints, guard, list(dict.fromkeys(n for d in sets for n in d.notes)))
 
 # %% ../../nbs/engine/36_train.ipynb #5cef26f2
@@ -302,7 +303,9 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         classes = 1000 if name == 'fss' else len(data.targets[name].dataset.classes)
         results.append(dict(method=m, target=name, shot=int(k), episodes=len(f), **_score(f, classes)))
     write_json(run.path/'timing.json', dict(total=round(time.time() - begun, 1), evaluation={k: round(v, 3) for k, v in seconds.items()}))
-    write_json(run.path/'metrics.json', dict(protocol='manifest' if s.manifest else s.protocol, guard=data.guard, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
+    means = [dict(method=m, shot=int(k), **{key: round(v, 3) for key, v in zip(('value', 'low', 'high'), bootstrap_mean([f for _, f in g.groupby('target')]))})
+             for (k, m), g in frame.groupby(['shot', 'method'], sort=False) if g.target.nunique() > 1]
+    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, guard=data.guard, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
                                              manifests={f'{n}-{k}shot': m.hash for (n, k), m in data.manifests.items()}))
     shutil.rmtree(resume, ignore_errors=True)
 

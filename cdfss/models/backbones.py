@@ -32,7 +32,7 @@ def resnet101_deepstem(**kw) -> ResNet:
 
 @NETS.register('miniature')
 def miniature(**kw) -> ResNet:
-    "A 1.5 M parameter ResNet for 96 px images, pretrained on the procedural world of `cdfss.data.pretraining`."
+    "A small ResNet (1.55 M parameters) for 96 px images, pretrained on the procedural world of `cdfss.data.pretraining`."
     return ResNet(BasicBlock, (1, 1, 2, 1), channels=(32, 64, 128, 256), stem_type='deep', stem_width=16, **kw)
 
 def miniature_weights() -> Path:

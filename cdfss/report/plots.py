@@ -32,9 +32,14 @@ STYLE = {
     'figure.dpi': 80, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white',
     'svg.hashsalt': 'cdfss', 'image.interpolation': 'nearest'}
 
-def style() -> contextlib.AbstractContextManager:
-    "The house style as a context: `with style(): ...`."
-    return mpl.rc_context(STYLE)
+@contextlib.contextmanager
+def style():
+    """The house style as a context: `with style(): ...`. A notebook's drawing may be switched on by the first figure, inside this context; that must
+    outlive it, or no later figure is shown."""
+    with mpl.rc_context(STYLE):
+        yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)
 
 def _house(draw:Callable[..., Figure]) -> Callable[..., Figure]:
     "Run a drawing function in the house style; ticks are made late, so it lays the figure out before the style ends."

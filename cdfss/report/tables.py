@@ -11,6 +11,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import pandas as pd
 from pandas.io.formats.style import Styler
 from ..basics import InputError, unknown
+from ..data.guard import mark
 from ..engine.metrics import bootstrap, seed_interval
 from ..engine.runs import Run
 
@@ -23,10 +24,13 @@ def results(run_dirs:Iterable[str|Path]) -> pd.DataFrame:
     rows = []
     for run in map(Run, run_dirs):
         metrics, env, recipe = run.metrics, run.env, run.params['method']
+        spans = {(m['method'], m['shot']): (m['low'], m['high']) for m in metrics.get('means', ())}
         for r in metrics['results']:
+            mean_low, mean_high = spans.get((r['method'], r['shot']), (math.nan, math.nan))
             rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'],
                              manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8], seed=metrics['seed'], epoch=metrics['epoch'],
-                             commit=_commit(env), device=env['device']))
+                             commit=_commit(env), device=env['device'], mean_low=mean_low, mean_high=mean_high,
+                             guard=mark(metrics['guard']) if 'guard' in metrics else ''))
     if not rows: raise InputError("run_dirs holds no results: give at least one folder of a finished run")
     return pd.DataFrame(rows)
 
@@ -76,7 +80,8 @@ def summarise(results:pd.DataFrame, metric:str='class_miou') -> pd.DataFrame:
         wanted = results.loc[results['shot'] == shot, 'target'].nunique()
         per_seed = g.groupby('seed')[metric].agg(['mean', 'size'])
         if wanted > 1 and (per_seed['size'] == wanted).all():
-            value, low, high = seed_interval(per_seed['mean']) if len(per_seed) > 1 else (per_seed['mean'].iloc[0], math.nan, math.nan)
+            span = tuple(g[['mean_low', 'mean_high']].iloc[0]) if metric == 'class_miou' else (math.nan, math.nan)
+            value, low, high = seed_interval(per_seed['mean']) if len(per_seed) > 1 else (per_seed['mean'].iloc[0], *span)
             out.append(dict(method=method, target='mean', shot=shot, value=value, low=low, high=high, seeds=len(per_seed)))
     return pd.DataFrame(out)
 
@@ -88,7 +93,8 @@ def caption(results:pd.DataFrame, metric:str='class_miou') -> str:
     several = results.groupby(['method', 'target', 'shot'])['seed'].nunique().max() > 1
     interval = '95 % t-interval over seeds' if several else '95 % bootstrap interval over episodes' if metric == 'class_miou' else 'no interval'
     return (f"{METRIC_LABELS[metric]} (%), {interval}. Protocol {names('protocol')}; episodes {lists}; "
-            f"seed {names('seed')}; epoch {names('epoch')}; commit {names('commit')}; {names('device')}.")
+            f"seed {names('seed')}; epoch {names('epoch')}; commit {names('commit')}; {names('device')}."
+            + ''.join(f' {g[0].upper()}{g[1:]}.' for g in results['guard'].unique() if g))
 
 def wide(results:pd.DataFrame, metric:str='class_miou') -> pd.DataFrame:
     "The field's table as text: rows methods, columns targets by shot, cells `43.1 [41.0, 45.2]`; the caption is in `.attrs['caption']`."
