@@ -89,7 +89,7 @@ def test_another_seed_gives_another_run(undisturbed, values, cache, tmp_path):
     assert open_run(s, prepare(s)).path.name != undisturbed.path.name
 
 # ---- killed -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('seed', [0, 1])
 def test_killed_again_and_again_the_run_ends_the_same(undisturbed, values, cache, tmp_path, seed):
     chance, run, left = random.Random(seed), Run(tmp_path/undisturbed.path.name), undisturbed.left
     epoch, block = left('epoch 0') - left('epoch 1'), left('evaluating isic') - left('evaluating chest')

@@ -7,7 +7,6 @@ __all__ = ['FeatureStore', 'predict', 'evaluate', 'needed_stages']
 import shutil, tempfile, time
 from collections import OrderedDict
 from pathlib import Path
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor

@@ -12,7 +12,7 @@ import pandas as pd
 from ..basics import InputError, Registry
 from ..data.layouts import DataSet
 from ..data.manifests import EPISODES, VOC_EPISODES, Manifest, draw
-from .metrics import COUNTS, METRICS, bootstrap, bootstrap_mean, paired_bootstrap, paired_bootstrap_mean
+from .metrics import COUNTS, METRICS, bootstrap_mean, paired_bootstrap, paired_bootstrap_mean
 from .runs import Run
 
 # %% ../../nbs/engine/34_protocols.ipynb #a1b5b0d2

@@ -5,14 +5,13 @@ __all__ = ['injected', 'read_parameters', 'one_line_errors', 'parameters_cell', 
            'load_state_file']
 
 # %% ../../nbs/engine/35_runs.ipynb #2413e2e9
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, json, os, platform, re, subprocess, sys, types, typing, zipfile
-from functools import cached_property
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, json, platform, subprocess, sys, types, zipfile
 from pathlib import Path
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 import cdfss
-from ..basics import InputError, Options, atomic_write, check_option, file_hash, unknown, write_json
+from ..basics import InputError, Options, atomic_write, check_option, unknown, write_json
 
 # %% ../../nbs/engine/35_runs.ipynb #9261505c
 def injected(cells:list[str]) -> set[str]:

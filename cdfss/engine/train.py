@@ -5,7 +5,7 @@ __all__ = ['NOT_HASHED', 'SCALES', 'TrainSettings', 'SECTIONS', 'RunOptions', 'n
            'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'train', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
-import dataclasses, json, shutil, time
+import dataclasses, shutil, time
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
-from ..basics import InputError, Options, atomic_write, file_hash, option, unknown, write_json
+from ..basics import InputError, Options, atomic_write, file_hash, option, write_json
 from ..data.images import ImageStore
 from ..data.layouts import DATASETS, DataSet, open_dataset
 from ..data.guard import check_leakage

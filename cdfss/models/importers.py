@@ -5,14 +5,13 @@ __all__ = ['IMPORTERS', 'from_official', 'load_official']
 
 # %% ../../nbs/models/17_importers.ipynb #a387eb4c
 import re
-from collections.abc import Callable
 from pathlib import Path
 import torch
 from torch import Tensor
 from ..basics import InputError, Registry
 from .backbones import BackboneOptions, create_backbone, read_state
 from .segmenter import Segmenter
-from .ssp import SSP, SSPOptions
+from .ssp import SSP
 
 # %% ../../nbs/models/17_importers.ipynb #0ade47ee
 IMPORTERS = Registry('official checkpoint')

@@ -4,7 +4,7 @@
 __all__ = ['SEAMS', 'BASES', 'IGNORE', 'Match', 'Segmenter', 'cross_entropy']
 
 # %% ../../nbs/models/09_segmenter.ipynb #d07817bb
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
