@@ -8,8 +8,9 @@ from cdfss.engine.train import SECTIONS, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-RUN = [p for p in NOTEBOOKS if p.parent == ROOT/'nbs' and not p.name[0].isdigit()]
-LIBRARY = [p for p in NOTEBOOKS if p not in RUN]
+TOLD = [ROOT/'nbs'/'protocols.ipynb']                                       # a story: no parameters, no exported cell
+RUN = [p for p in NOTEBOOKS if p.parent == ROOT/'nbs' and not p.name[0].isdigit() and p not in TOLD]
+LIBRARY = [p for p in NOTEBOOKS if p not in RUN + TOLD]
 named = dict(ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 
 def cells(path, kind='code'): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
@@ -76,21 +77,20 @@ def execute(folder, *output, **given):
     values = [a for k, v in (SMALL | dict(runs=str(folder/'runs')) | given).items() for a in ('-p', k, str(v))]
     return subprocess.run([papermill, str(ROOT/'nbs'/'train.ipynb'), *output, *values], cwd=folder, capture_output=True, text=True, timeout=300)
 
-def folders(root, n):
-    found = [root/str(i) for i in range(n)]
-    for f in found: f.mkdir()
-    return found
+BAD = dict(methd='lcm', epochs='two', data_root='nowhere', weights='nofile.pth')
 
 @pytest.fixture(scope='module')
-def two_runs(tmp_path_factory):
-    "Without an output path, and then with one, in another folder."
-    a, b = folders(tmp_path_factory.mktemp('runs'), 2)
-    first = execute(a)                                                        # alone: it may have to draw the miniature
-    return (a, first), (b, execute(b, 'out.ipynb', method='loec'))
+def commands(tmp_path_factory):
+    "Name -> (folder, finished process) of every command below, two at a time."
+    jobs = {'plain': ((), {}), 'output': (('out.ipynb',), dict(method='loec')), **{k: ((), {k: v}) for k, v in BAD.items()}}
+    where = {name: tmp_path_factory.mktemp(name) for name in jobs}
+    with ThreadPoolExecutor(2) as pool:
+        done = {name: pool.submit(execute, where[name], *output, **given) for name, (output, given) in jobs.items()}
+        return {name: (where[name], d.result()) for name, d in done.items()}
 
 @pytest.mark.slow
-def test_without_an_output_path(two_runs):
-    (folder, done), _ = two_runs
+def test_without_an_output_path(commands):
+    folder, done = commands['plain']
     assert done.returncode == 0, done.stderr[-3000:]
     [path] = (folder/'runs').iterdir()
     run = Run(path)
@@ -111,26 +111,18 @@ def executed(path):
     assert any('isic' in ''.join(o.get('text', '')) for o in outputs)
 
 @pytest.mark.slow
-def test_with_an_output_path(two_runs):
-    _, (folder, done) = two_runs
+def test_with_an_output_path(commands):
+    folder, done = commands['output']
     assert done.returncode == 0, done.stderr[-3000:]
     executed(folder/'out.ipynb')
     [path] = (folder/'runs').iterdir()
     assert Run(path).complete and path.name.startswith('ssp+lem+lcm-')
 
-@pytest.fixture(scope='module')
-def refusals(tmp_path_factory, two_runs):
-    "Bad commands, two at a time."
-    bad = dict(methd='lcm', epochs='two', data_root='nowhere', weights='nofile.pth')
-    with ThreadPoolExecutor(2) as pool:
-        where = folders(tmp_path_factory.mktemp('bad'), len(bad))
-        return dict(zip(bad, zip(where, pool.map(lambda f, kv: execute(f, **dict([kv])), where, bad.items()))))
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name,said', [('methd', "unknown parameter 'methd': did you mean 'method'?"), ('epochs', "epochs='two' is str, expected int"),
                                        ('data_root', 'data_root=nowhere: no such folder'), ('weights', 'weights=nofile.pth: no such file')])
-def test_a_bad_command_ends_in_one_clear_line(refusals, name, said):
-    folder, done = refusals[name]
+def test_a_bad_command_ends_in_one_clear_line(commands, name, said):
+    folder, done = commands[name]
     last = done.stderr.strip().split('\n')[-1]
     assert done.returncode == 1 and last.startswith('SystemExit: error: ') and said in last, done.stderr[-2000:]
     assert not list(folder.rglob('*')), 'nothing is computed or written'

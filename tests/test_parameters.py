@@ -123,7 +123,7 @@ def test_shots(text, found):
 
 def test_resolve_leaves_nothing_open(tmp_path):
     s = resolve(given(method='loec'))
-    assert (s.method, s.size, s.epochs, s.backbone, s.lr, s.device) == ('ssp+lem+lcm', 96, 6, 'miniature', 3e-3, 'cuda' if torch.cuda.is_available() else 'cpu')
+    assert (s.method, s.size, s.epochs, s.backbone, s.lr, s.device) == ('ssp+lem+lcm', 96, 6, 'miniature', 1e-3, 'cuda' if torch.cuda.is_available() else 'cpu')
     assert s.freeze == 'none' and resolve(s) == s
     real = resolve(given(data_root=str(tmp_path)))
     assert (real.size, real.epochs, real.fit_episodes, real.backbone, real.lr, real.freeze) == (400, 20, 1200, 'resnet50', 1e-3, 'stem+stage1')
@@ -167,7 +167,7 @@ def test_everything_else_changes_the_name(base):
     other = dict(method='ssp', seed=1, source='chest', targets='chest', size=64, on_error='skip', min_area=2, shots='5', protocol='balanced', test_seed=1, test_episodes=7,
                  track='none', track_episodes=7, compare=False, samples=1, epochs=2, fit_episodes=9, batch=4, fit_shot=2, lr=.1, schedule='poly', momentum=.5,
                  weight_decay=0.0, border='background', precision='bf16', backbone='resnet18', last_stage='stage2', output_stride=16, last_relu=True, pixels='half',
-                 freeze='stem', bn='eval')
+                 freeze='stem', bn='eval', guard=False)
     skipped = {*train_module.NOT_HASHED, *method_options()}
     assert set(other) == {f.name for f in dataclasses.fields(TrainSettings)} - skipped, 'a new parameter: say here how it changes the name'
     names = {k: name(s, data, **{k: v}) for k, v in other.items()}
