@@ -122,11 +122,11 @@ def test_shots(text, found):
     resolve(given(shots=text))
 
 def test_resolve_leaves_nothing_open(tmp_path):
-    s = resolve(given(method='loec'))
-    assert (s.method, s.size, s.epochs, s.backbone, s.lr, s.device) == ('ssp+lem+lcm', 96, 6, 'miniature', 1e-3, 'cuda' if torch.cuda.is_available() else 'cpu')
-    assert s.freeze == 'none' and resolve(s) == s
-    real = resolve(given(data_root=str(tmp_path)))
-    assert (real.size, real.epochs, real.fit_episodes, real.backbone, real.lr, real.freeze) == (400, 20, 1200, 'resnet50', 1e-3, 'stem+stage1')
+    s, real = resolve(given(method='loec')), resolve(given(data_root=str(tmp_path)))
+    for settings, scale in ((s, 'miniature'), (real, 'real')):
+        assert all(getattr(settings, k) == v for k, v in train_module.SCALES[scale].items()) and resolve(settings) == settings
+        assert settings.device == ('cuda' if torch.cuda.is_available() else 'cpu') and settings.lr > 0
+    assert (s.method, s.freeze, s.backbone) == ('ssp+lem+lcm', 'none', 'miniature') and (real.freeze, real.backbone) == ('stem+stage1', 'resnet50')
     assert resolve(given(epochs=0, size=64)).epochs == 0 and resolve(given(size=64)).size == 64
 
 # ---- data faults through prepare --------------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ def adaptive_prototype(features:Float[Tensor, "b c n"], chosen:Bool[Tensor, "b n
     "For every position a mean of the chosen features, weighted by their similarity to it (ssp.md, ASBP)."
     f = features.mT
     unit = F.normalize(f, dim=-1)
-    keys, values, mask = unit, f, chosen[:, None]
-    if len(f) == 1 and f.shape[1] > LARGE_MAP: keys, values, mask = unit[:, chosen[0]], f[:, chosen[0]], None
-    out = F.scaled_dot_product_attention(unit[:, None], keys[:, None], values[:, None], None if mask is None else mask[:, None], scale=sharpness)
+    if len(f) == 1 and f.shape[1] > LARGE_MAP:
+        keys, values = unit[:, chosen[0]], f[:, chosen[0]]
+        return (torch.softmax(sharpness * unit @ keys.mT, -1) @ values).mT          # in bf16 twice as fast as fused attention on a CPU
+    out = F.scaled_dot_product_attention(unit[:, None], unit[:, None], f[:, None], chosen[:, None, None], scale=sharpness)
     return out[:, 0].mT
 
 # %% ../../nbs/models/11_ssp.ipynb #ed7ca1e7
