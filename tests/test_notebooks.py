@@ -75,7 +75,7 @@ SMALL = dict(epochs=1, fit_episodes=16, test_episodes=8, track_episodes=8, targe
 def execute(folder, *output, **given):
     "The command of the README with other parameters, started in `folder`."
     values = [a for k, v in (SMALL | dict(runs=str(folder/'runs')) | given).items() for a in ('-p', k, str(v))]
-    return subprocess.run([papermill, str(ROOT/'nbs'/'train.ipynb'), *output, *values], cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run([papermill, str(ROOT/'nbs'/'train.ipynb'), *output, *values], cwd=folder, capture_output=True, text=True, timeout=900)
 
 BAD = dict(methd='lcm', epochs='two', data_root='nowhere', weights='nofile.pth')
 
@@ -89,6 +89,7 @@ def commands(tmp_path_factory):
         return {name: (where[name], d.result()) for name, d in done.items()}
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_without_an_output_path(commands):
     folder, done = commands['plain']
     assert done.returncode == 0, done.stderr[-3000:]
@@ -111,6 +112,7 @@ def executed(path):
     assert any('isic' in ''.join(o.get('text', '')) for o in outputs)
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_with_an_output_path(commands):
     folder, done = commands['output']
     assert done.returncode == 0, done.stderr[-3000:]
@@ -119,6 +121,7 @@ def test_with_an_output_path(commands):
     assert Run(path).complete and path.name.startswith('ssp+lem+lcm-')
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize('name,said', [('methd', "unknown parameter 'methd': did you mean 'method'?"), ('epochs', "epochs='two' is str, expected int"),
                                        ('data_root', 'data_root=nowhere: no such folder'), ('weights', 'weights=nofile.pth: no such file')])
 def test_a_bad_command_ends_in_one_clear_line(commands, name, said):
