@@ -9,6 +9,8 @@ ARGS   ?=
 # the system's certificates, so that set-up works behind a company's proxy (both names: uv renamed it)
 export UV_SYSTEM_CERTS := 1
 export UV_NATIVE_TLS   := 1
+# waiting threads that spin slow each other down many times over when other work shares the cores
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup train test study export clean-notebooks lock wheel
 setup: $(VENV)/.ready
