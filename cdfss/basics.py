@@ -5,7 +5,7 @@ __all__ = ['InputError', 'unknown', 'option', 'check_option', 'Options', 'Regist
            'file_hash', 'cache_dir']
 
 # %% ../nbs/01_basics.ipynb #13ce68ff
-import dataclasses, difflib, hashlib, json, math, os, tempfile, types, typing
+import dataclasses, difflib, errno, hashlib, json, math, os, tempfile, types, typing
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -99,7 +99,8 @@ def mix_seed(*parts) -> int:
 
 # %% ../nbs/01_basics.ipynb #976f0c21
 def atomic_write(path:str|Path, data:bytes|str|Callable[[Path], Any]) -> Path:
-    "Write `data` (bytes, text, or a function that writes to the path it is given) so that `path` is the old file or the whole new one."
+    """Write `data` (bytes, text, or a function that writes to the path it is given) so that `path` is the old file or the whole new one.
+    Raises `InputError` when the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
@@ -111,6 +112,9 @@ def atomic_write(path:str|Path, data:bytes|str|Callable[[Path], Any]) -> Path:
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise InputError(f"{path}: the disk is full; free some space and run the same command again: what was written before stays") from None
     finally: tmp.unlink(missing_ok=True)
     return path
 

@@ -25,6 +25,7 @@ def test_restart_from_any_stage(name):
         rest = net(whole[start], start=start)
         assert tuple(rest) == net.names[i:] and all(torch.equal(rest[n], whole[n]) for n in rest)
         assert tuple(net(x, stop=start)) == net.names[:i + 1]
+        assert tuple(net(whole[start], start=start, stop=start)) == (start,)
     doubled = net(x, after=lambda n, t: 2*t if n == 'stage1' else t)
     assert torch.equal(doubled['stem'], whole['stem']) and torch.equal(doubled['stage1'], 2*whole['stage1'])
     assert torch.equal(doubled['stage2'], net(2*whole['stage1'], start='stage1')['stage2'])

@@ -7,7 +7,7 @@ from cdfss.engine.train import SECTIONS, TrainSettings
 from cdfss.methods.seams import ALIASES, MODULES, Module, build, discover, method_options, parse_recipe
 from cdfss.models.prototype import masked_pool, resize_mask
 from cdfss.models.segmenter import BASES, SEAMS, Match
-from cdfss.models.ssp import LARGE_MAP, adaptive_prototype
+from cdfss.models.ssp import adaptive_prototype, likeness
 from episodes import PAIRS, RECIPES, backbone, episode, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -113,8 +113,7 @@ def test_module_declares_what_it_does(m):
 def test_names_and_options():
     names = [*BASES, *MODULES]
     assert len(set(names)) == len(names)
-    # '_' ends the name in a flat option, '+' in a recipe
-    assert all(re.fullmatch('[a-z][a-z0-9]*', n) for n in [*names, *ALIASES])
+    assert all(re.fullmatch('[a-z][a-z0-9_]*', n) for n in [*names, *ALIASES])          # '+' ends a name in a recipe
     kinds = [r[n].Options for r in (BASES, MODULES) for n in r]
     flat = method_options()
     assert len(flat) == sum(len(dataclasses.fields(k)) for k in kinds)
@@ -160,11 +159,21 @@ def test_degenerate_masks_stay_finite(recipe, change):
     total.backward()
     assert total.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in seg.parameters())
 
-def test_prototype_of_a_large_map_is_that_of_the_masked_form():
+@pytest.mark.parametrize('n', [1, 3, 1029])
+def test_prototype_of_a_large_map_is_that_of_the_masked_form(n):
     g = torch.Generator().manual_seed(0)
-    f, chosen = torch.randn(1, 8, LARGE_MAP + 5, generator=g), torch.rand(1, LARGE_MAP + 5, generator=g) > .5
-    alone, twice = adaptive_prototype(f, chosen), adaptive_prototype(f.expand(2, -1, -1), chosen.expand(2, -1))
-    assert torch.allclose(alone.expand(2, -1, -1), twice, atol=1e-6)
+    f, chosen = torch.randn(1, 8, n, generator=g), torch.rand(1, n, generator=g) > .5
+    chosen[0, 0] = True
+    like, unit = likeness(f), torch.nn.functional.normalize(f[0].T.double(), dim=1)
+    assert torch.equal(like, like.T) and (like - (2 * unit @ unit.T).exp()).abs().max() < 1e-5
+    assert torch.allclose(adaptive_prototype(f, chosen, like), adaptive_prototype(f, chosen), atol=1e-6)
+
+@torch.no_grad()
+def test_a_large_map_is_compared_as_a_small_one(monkeypatch):
+    seg, e = segmenter('ssp').eval(), episode(1)
+    masked = seg(e).scores
+    monkeypatch.setattr('cdfss.models.ssp.LARGE_MAP', 4)
+    assert 0 < (seg(e).scores - masked).abs().max() < 1e-4
 
 def test_masks_leave_ignored_pixels_out_of_both():
     e = episode(1, 2)

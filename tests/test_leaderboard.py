@@ -1,5 +1,5 @@
 "The leaderboard: the committed file is sound, families are not ranked together, and runs are appended once."
-import math
+import math, shutil
 import numpy as np, pandas as pd, pytest
 from cdfss.basics import InputError, write_json
 from cdfss.engine.metrics import bootstrap, bootstrap_mean
@@ -105,6 +105,15 @@ def test_append(run, file, board):
     first = file.read_bytes()
     append(run, file)
     assert file.read_bytes() == first                                      # again: nothing changes
+
+def test_runs_gather_beside_their_folders(run, board, tmp_path):
+    append(run)
+    other = Run(tmp_path/'ssp+lem-9876543210')
+    shutil.copytree(run.path, other.path)
+    b = append(other)
+    assert len(b) == len(board) + 6 and list(b['run'].unique()) == ['', run.path.name, other.path.name]
+    pd.testing.assert_frame_equal(read_board(tmp_path/'leaderboard.csv'), b)
+    assert read_board().equals(board), 'the committed board is as it was'
 
 def test_own_runs_are_not_ranked_with_published_ones(run, file):
     b = append(run, file)

@@ -105,11 +105,14 @@ def test_without_an_output_path(commands):
     assert len(kept) == 1, 'the executed notebook is kept in the run folder'
     executed(kept[0])
 
+PICTURES = ['preview', 'trajectory', 'predictions']
+
 def executed(path):
     book = json.loads(path.read_text())
     outputs = [o for c in book['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
     assert not [o for o in outputs if o['output_type'] == 'error']
-    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 2, 'pictures of episodes and results'
+    drawn = [''.join(c['source']) for c in book['cells'] if c['cell_type'] == 'code' and any('image/png' in o.get('data', {}) for o in c['outputs'])]
+    assert [next(n for n in PICTURES if f'report.{n}(' in s) for s in drawn] == PICTURES
     assert any('isic' in ''.join(o.get('text', '')) for o in outputs)
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from cdfss.basics import InputError, Options, check_option, option
 from cdfss.engine import train as train_module
 from cdfss.engine.runs import injected, one_line_errors, parameters_cell, read_parameters, run_hash
 from cdfss.engine.train import SECTIONS, TrainSettings, numbers, open_run, prepare, resolve
-from cdfss.methods.seams import method_options
+from cdfss.methods.seams import method_options, used_options
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
@@ -158,7 +158,7 @@ def test_where_and_how_fast_do_not_change_the_name(base, tmp_path, miniature):
     own = name(s, data)
     assert own.startswith('ssp+lcm-') and own == name(s, data) == name(s, data, method='lcm')
     (tmp_path/'link').symlink_to(miniature)
-    for kw in (dict(runs='elsewhere'), dict(workers=3), dict(data_root=str(tmp_path/'link')), dict(device='cpu')): assert name(s, data, **kw) == own, kw
+    for kw in (dict(runs='elsewhere'), dict(workers=3), dict(data_root=str(tmp_path/'link')), dict(device='cpu'), dict(shots='[1]'), dict(targets=' ISIC,isic')): assert name(s, data, **kw) == own, kw
     moved = resolve(dataclasses.replace(s, data_root=str(tmp_path/'link')))
     assert open_run(moved, prepare(moved)).path.name == own
 
@@ -180,9 +180,9 @@ def test_options_count_where_their_method_is_used(base):
         v = field.default
         new = not v if isinstance(v, bool) else next(c for c in field.metadata['choices'] if c != v) if field.metadata['choices'] else \
             'stage1' if isinstance(v, str) else v + 1 if isinstance(v, int) else v/2
-        used = f.split('_')[0]
-        assert (name(s, data, method='ssp', **{f: new}) != plain) == (used == 'ssp'), f
-        assert (name(s, data, **{f: new}) != lcm) == (used in ('ssp', 'lcm')), f
+        assert (name(s, data, method='ssp', **{f: new}) != plain) == (f in used_options('ssp')), f
+        assert (name(s, data, **{f: new}) != lcm) == (f in used_options('lcm')), f
+    assert {'ssp_refine', 'lcm_k'} <= {*used_options('lcm')} and 'lcm_k' not in used_options('ssp')
 
 def test_weights_count_by_content(base, tmp_path):
     s, data = base

@@ -4,7 +4,7 @@
 __all__ = ['FeatureStore', 'predict', 'evaluate', 'needed_stages']
 
 # %% ../../nbs/engine/33_evaluate.ipynb #70fdb79b
-import shutil, tempfile, time
+import shutil, sys, tempfile, time
 from collections import OrderedDict
 from pathlib import Path
 import pandas as pd
@@ -21,11 +21,11 @@ from ..models.segmenter import Match, Segmenter
 class FeatureStore:
     """Stages of distinct images under fixed weights: `get(positions)` encodes what is missing and returns stage -> (n c h w) on the device.
 
-    `memory` and `disk` bound it, in bytes. `seconds` adds up decode and encode; `encoded` counts images that went through the backbone."""
+    `memory` and `disk` bound it, in bytes; what memory cannot hold goes to a folder under `spill` (None: the system's for temporary files). `seconds` adds up decode and encode; `encoded` counts images that went through the backbone."""
     def __init__(self, segmenter:Segmenter, store:ImageStore, stages:tuple[str, ...], *, device:str='cpu', precision:str='float32',
-                 memory:float=2e9, disk:float=8e9, chunk:int=8):
+                 memory:float=2e9, disk:float=8e9, chunk:int=8, spill:Path|None=None):
         self.segmenter, self.store, self.stages, self.device, self.precision, self.chunk = segmenter, store, tuple(stages), device, precision, chunk
-        self.memory, self.disk, self.used, self.spilled = memory, disk, 0, 0
+        self.memory, self.disk, self.used, self.spilled, self.spill = memory, disk, 0, 0, spill
         self.kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.folder: Path|None = None
         self.encoded, self.seconds = 0, dict(decode=0.0, encode=0.0)
@@ -46,9 +46,11 @@ class FeatureStore:
             gone = self.kept.pop(old)
             self.used -= self._size(gone)
             if self.spilled + self._size(gone) > self.disk or (self.folder and self._file(old).exists()): continue
-            if self.folder is None: self.folder = Path(tempfile.mkdtemp(prefix='cdfss-features-'))
+            if self.folder is None:
+                if self.spill: self.spill.mkdir(parents=True, exist_ok=True)
+                self.folder = Path(tempfile.mkdtemp(prefix='cdfss-features-', dir=self.spill))
             try: atomic_write(self._file(old), lambda p: torch.save(gone, p))
-            except OSError: self.disk = 0                 # no room on this disk: encode again instead
+            except (InputError, OSError): self.disk = 0                 # no room on this disk: encode again instead
             else: self.spilled += self._size(gone)
 
     @torch.inference_mode()
@@ -74,7 +76,12 @@ class FeatureStore:
             if k not in self.kept and self.folder and self._file(k).exists():
                 self._keep(k, torch.load(self._file(k), map_location=self.device, weights_only=True), busy)
         self._encode([k for k in dict.fromkeys(keys) if k not in self.kept], dict(zip(keys, positions)), busy)
-        return {s: torch.stack([self.kept[k][s] for k in keys]).float() for s in self.stages}
+        def together(stage):
+            parts = [self.kept[k][stage] for k in keys]
+            out = torch.empty((len(parts), *parts[0].shape), device=parts[0].device, memory_format=torch.channels_last)    # as they were made
+            for row, p in zip(out, parts): row.copy_(p)
+            return out
+        return {s: together(s) for s in self.stages}
 
 # %% ../../nbs/engine/33_evaluate.ipynb #944754ea
 def _match(features:FeatureStore, store:ImageStore, episodes, device:str) -> tuple[Match, Tensor, Tensor]:
@@ -120,7 +127,7 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
     first = next(iter(segmenters.values()))
     own = None
     if all(s.shares_encoding for s in segmenters.values()):
-        if features is None: features = own = FeatureStore(first, store, needed_stages(segmenters), device=device, precision=precision)
+        if features is None: features = own = FeatureStore(first, store, needed_stages(segmenters), device=device, precision=precision, spill=parts)
     else: features = None
     batch = batch or (8 if device != 'cpu' else 16 if store.size <= 128 else 1)
     seconds = {} if seconds is None else seconds
@@ -129,8 +136,8 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
         part = parts/f'{manifest.dataset}-{manifest.shot}shot-epoch{epoch}-{start}.parquet' if parts else None
         if part and part.exists():
             try: frames.append(pd.read_parquet(part, page_checksum_verification=True))
-            except Exception: raise InputError(f"{part} is damaged; remove the run's resume folder and run the same command again") from None
-            continue
+            except Exception: print(f'{part.name} is damaged and is computed again', file=sys.stderr)
+            else: continue
         rows = []
         for i in range(start, min(start + block, len(manifest)), batch):
             stop = min(i + batch, start + block, len(manifest))

@@ -5,7 +5,7 @@ __all__ = ['injected', 'read_parameters', 'one_line_errors', 'parameters_cell', 
            'load_state_file']
 
 # %% ../../nbs/engine/35_runs.ipynb #2413e2e9
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, json, platform, subprocess, sys, types, zipfile
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, io, json, platform, subprocess, sys, types, zipfile
 from pathlib import Path
 import pandas as pd
 import torch
@@ -107,7 +107,9 @@ class Run:
 # %% ../../nbs/engine/35_runs.ipynb #3fe26529
 def save_state(path:str|Path, state:dict):
     "A resume state: tensors and plain values, in one file, written atomically."
-    atomic_write(path, lambda p: torch.save(state, p))
+    whole = io.BytesIO()                             # torch's own file writer says nothing of a full disk
+    torch.save(state, whole)
+    atomic_write(path, whole.getvalue())
 
 def load_state_file(path:str|Path) -> dict|None:
     "The resume state, or None when there is none; a damaged one is set aside with a printed line, never trusted."

@@ -24,7 +24,7 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import build, method_options, parse_recipe
+from ..methods.seams import build, method_options, parse_recipe, used_options
 from ..models.backbones import BackboneOptions, create_backbone, resolve_backbone
 from ..models.segmenter import Segmenter
 
@@ -103,8 +103,9 @@ def resolve(settings:Options) -> Options:
     for name in (s.source, *names(s.targets)): DATASETS[name]
     if not names(s.targets): raise InputError("targets='': name at least one data set, e.g. isic,chest")
     if s.source in names(s.targets): raise InputError(f"targets={s.targets}: the source '{s.source}' is among the targets, so nothing would be cross-domain")
-    numbers(s.shots, 'shots')
-    if s.track not in ('all', 'none'): numbers(s.track, 'track')
+    listed = lambda values: ','.join(map(str, values))                     # one spelling for equal lists, so that equal runs are one run
+    s = dataclasses.replace(s, shots=listed(sorted(numbers(s.shots, 'shots'))), targets=listed(names(s.targets)),
+                            track=s.track if s.track in ('all', 'none') else listed(sorted(numbers(s.track, 'track'))))
     if s.manifest:
         missing = [p for p in s.manifest.split(',') if not Path(p.strip()).exists()]
         if missing: raise InputError(f"manifest={missing[0]}: no such file or folder; give a manifest .json, or leave it out to draw episodes by protocol={s.protocol}")
@@ -190,8 +191,7 @@ def open_run(s:Options, data:RunData) -> Run:
     "The folder of these settings on these data, whether it exists or not."
     keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED}
     weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
-    used = set(parse_recipe(s.method).modules) | {parse_recipe(s.method).base}
-    ignored = [k for k in method_options() if k.split('_')[0] not in used]
+    ignored = method_options().keys() - set(used_options(s.method))
     hashed = {k: v for k, v in keys.items() if k not in ignored} | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
     return Run(Path(s.runs)/f'{s.method}-{run_hash(hashed)}')
 
@@ -287,7 +287,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
     for name, store in data.targets.items():
-        features = FeatureStore(segmenter, store, needed_stages(methods), **how) if all(m.shares_encoding for m in methods.values()) else None
+        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, **how) if all(m.shares_encoding for m in methods.values()) else None
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, **how))

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['NETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'resnet50_deepstem', 'resnet101_deepstem', 'miniature', 'miniature_weights',
-           'read_state', 'load_state', 'split_stages', 'BackboneOptions', 'Backbone', 'parse_stages',
+           'read_state', 'load_state', 'split_stages', 'block_ends', 'BackboneOptions', 'Backbone', 'parse_stages',
            'resolve_backbone', 'create_backbone']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
-import difflib
+import contextlib, difflib, itertools
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import timm, torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.vgg import VGG
 from torch import Tensor, nn
 from ..basics import InputError, Options, Registry, option, unknown
 
@@ -86,7 +87,17 @@ def split_stages(net:nn.Module) -> 'OrderedDict[str, nn.Sequential]':
             stages[f'stage{n}'] = nn.Sequential(OrderedDict((f'blocks.{i}'.replace('.', '_'), net.blocks[i]) for i in range(start, end + 1)))
             start = end + 1
         return stages
-    raise InputError(f"backbone: {type(net).__name__} has no stages this version can cut; use a ResNet, MobileNet or EfficientNet of timm")
+    if isinstance(net, VGG):                                                  # a stage begins with the pooling before its convolutions
+        starts = [0, *(i for i, m in enumerate(net.features) if isinstance(m, nn.MaxPool2d)), len(net.features)]
+        return OrderedDict((f'stage{n}' if n else 'stem', nn.Sequential(OrderedDict((f'features_{i}', net.features[i]) for i in range(a, b))))
+                           for n, (a, b) in enumerate(zip(starts, starts[1:])))
+    raise InputError(f"backbone: {type(net).__name__} has no stages this version can cut; use a ResNet, VGG, MobileNet or EfficientNet of timm")
+
+def block_ends(stage:nn.Module) -> list[nn.Module]:
+    "The activations that end a stage's blocks (a VGG's blocks are its convolutions); what enters one is its block before the last ReLU."
+    blocks = [m for m in stage.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    if blocks: return [m.act3 if isinstance(m, Bottleneck) else m.act2 for m in blocks]
+    return [b for a, b in itertools.pairwise(stage) if isinstance(a, nn.Conv2d) and isinstance(b, nn.ReLU)]
 
 # %% ../../nbs/models/10_backbones.ipynb #4ad01e14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,22 +107,27 @@ class BackboneOptions(Options):
     "What a backbone is made of; see the notebook `models/10_backbones`."
     backbone:str      = option('miniature', "timm name (resnet18, resnet50, ...), resnet50_deepstem, resnet101_deepstem, miniature")
     weights:str       = option('auto', "auto (the miniature's own, else timm's hub), hub, none, or a .safetensors / .pth file")
-    last_stage:str    = option('stage3', "the last stage that is run; SSP compares its output")
+    last_stage:str    = option('stage3', "the last stage that is run, or last: the net's own; SSP compares the output of stage3")
     output_stride:int = option(8, "input pixels per feature cell; later stages are dilated to keep it", choices=(8, 16, 32))
     last_relu:bool    = option(False, "keep the ReLU after the last block; SSP drops it")
     pixels:str        = option('auto', "input scaling: auto (what timm says of the net), imagenet (mean and std), half (x/127.5 - 1)", choices=('auto', 'imagenet', 'half'))
-    freeze:str        = option('auto', "stages that do not train: none, or names joined by +; auto: none for the miniature's net, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
+    freeze:str        = option('auto', "stages that do not train: none, all, or names joined by +; auto: none for the miniature's net, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
     bn:str            = option('frozen', "batch norms of the trained stages: frozen, eval (affine trains), train", choices=('frozen', 'eval', 'train'))
 
 class Backbone(nn.Module):
-    """A chain of named stages with its normalisation, freezing and batch-norm policy.
+    """A chain of named stages with its normalisation, freezing and batch-norm policy. Built by `create_backbone`.
 
-    `stages` is an ordered module dict; `channels[stage]` is the width after each. Built by `create_backbone`."""
+    `stages` is an ordered module dict, `names` its keys; `blocks` says what can be read of each stage's inside (`stage2.0`, ..., or the stage itself where it
+    has no blocks), `outputs` all that can be read, in order; `channels()` the width after each stage."""
     def __init__(self, stages:dict[str, nn.Module], mean, std, *, frozen:tuple[str, ...]=(), bn:str='frozen', name:str=''):
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.names, self.frozen, self.bn, self.name = tuple(stages), tuple(frozen), bn, name
         self.mean, self.std = tuple(mean), tuple(std)
+        self.ends = {f'{s}.{i}': m for s, stage in stages.items() for i, m in enumerate(block_ends(stage))}
+        for m in self.ends.values(): m.inplace = False                    # what enters them may be kept
+        self.blocks = {s: tuple(n for n in self.ends if n.startswith(f'{s}.')) or (s,) for s in stages}
+        self.outputs = tuple(dict.fromkeys(n for s in stages for n in (*self.blocks[s], s)))
         for stage in self.frozen: self.stages[stage].requires_grad_(False)
         if bn == 'frozen':
             for m in self._norms(): m.requires_grad_(False)
@@ -127,16 +143,25 @@ class Backbone(nn.Module):
         for stage in self.frozen: self.stages[stage].eval()
         return self
 
-    def forward(self, x:Float[Tensor, "n c h w"], start:str|None=None, stop:str|None=None, after=None) -> dict[str, Tensor]:
-        """The output of every stage, by name. `start` names the stage that `x` is the *output* of, so that the prefix is not run again;
-        `stop` is the last stage to run; `after(name, x) -> x` is called on each stage's output (the `stage` seam)."""
-        out, begin = {}, 0 if start is None else self.names.index(start) + 1
+    @contextlib.contextmanager
+    def reading(self, blocks, out:dict[str, Tensor]):
+        "While open, what enters the last activation of the named blocks is put into `out`."
+        hooks = [self.ends[n].register_forward_pre_hook(lambda _, args, n=n: out.update({n: args[0]})) for n in blocks if n in self.ends]
+        try: yield
+        finally:
+            for h in hooks: h.remove()
+
+    def forward(self, x:Float[Tensor, "n c h w"], start:str|None=None, stop:str|None=None, after=None, blocks=()) -> dict[str, Tensor]:
+        """The output of every stage, by name, and of the `blocks` asked for, in one pass. `start` names the stage that `x` is the *output* of, so that the
+        prefix is not run again; `stop` is the last stage to run; `after(name, x) -> x` is called on each stage's output (the `stage` seam)."""
+        begin, end = 0 if start is None else self.names.index(start) + 1, len(self.names) if stop is None else self.names.index(stop) + 1
+        out = {}
         if start is not None: out[start] = x
-        for name in self.names[begin:]:
-            x = self.stages[name](x)
-            if after is not None: x = after(name, x)
-            out[name] = x
-            if name == stop: break
+        with self.reading(blocks, out):
+            for name in self.names[begin:end]:
+                x = self.stages[name](x)
+                if after is not None: x = after(name, x)
+                out[name] = x
         return out
 
     @torch.no_grad()
@@ -149,7 +174,8 @@ class Backbone(nn.Module):
         return {k: v.shape[1] for k, v in out.items()}
 
 def parse_stages(text:str, names) -> tuple[str, ...]:
-    "Stage names out of `'stem+stage1'` (also with commas); `'none'` is the empty tuple."
+    "Stage names out of `'stem+stage1'` (also with commas); `'none'` is the empty tuple, `'all'` every stage."
+    if text == 'all': return tuple(names)
     chosen = tuple(s for s in text.replace(',', '+').replace(' ', '').split('+') if s and s != 'none')
     for s in chosen:
         if s not in names: raise unknown('stage in freeze', s, names)
@@ -173,20 +199,22 @@ def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, [*NETS, *timm.list_models()], n=3)
             raise InputError(f"unknown backbone '{name}': " + (f"did you mean {' or '.join(near)}? " if near else '')
-                             + f"choose a ResNet, MobileNet or EfficientNet of timm, or {', '.join(NETS)}")
+                             + f"choose a ResNet, VGG, MobileNet or EfficientNet of timm, or {', '.join(NETS)}")
         extra = dict(num_classes=1001, pad_type='same') if name == 'mobilenetv2_100' and not hub else {}
         try: net = timm.create_model(name, pretrained=hub, output_stride=o.output_stride, **extra)
-        except TypeError: raise InputError(f"backbone={name}: timm gives it no output_stride; use a ResNet, MobileNet or EfficientNet") from None
+        except (TypeError, AssertionError):
+            raise InputError(f"backbone={name}: timm does not give it output_stride={o.output_stride}; a VGG has 32 only; else use a ResNet, MobileNet or EfficientNet") from None
         except Exception as e:
             if not hub: raise
             raise InputError(f"weights=hub: timm could not fetch '{name}' ({type(e).__name__}); give weights=FILE or weights=none") from None
     stages = split_stages(net)
-    if o.last_stage not in stages: raise unknown('last_stage', o.last_stage, stages)
-    keep = list(stages)[:list(stages).index(o.last_stage) + 1]
+    last = list(stages)[-1] if o.last_stage == 'last' else o.last_stage
+    if last not in stages: raise unknown('last_stage', last, ['last', *stages])
+    keep = list(stages)[:list(stages).index(last) + 1]
     if o.weights not in ('hub', 'none'):
         load_state(net, read_state(o.weights), nn.ModuleDict({k: stages[k] for k in keep}), f"weights={o.weights}")
-    if not o.last_relu and isinstance(net, ResNet) and o.last_stage != 'stem':
-        block = stages[o.last_stage][-1][-1]
+    if not o.last_relu and isinstance(net, ResNet) and last != 'stem':
+        block = stages[last][-1][-1]
         setattr(block, 'act3' if isinstance(block, Bottleneck) else 'act2', nn.Identity())
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     mean, std = dict(auto=(cfg.get('mean', IMAGENET_MEAN), cfg.get('std', IMAGENET_STD)), imagenet=(IMAGENET_MEAN, IMAGENET_STD), half=((.5,) * 3,) * 2)[o.pixels]

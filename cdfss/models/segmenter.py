@@ -52,6 +52,11 @@ class Segmenter(nn.Module):
     tuning: Tuning|None = None               # of a base that adapts by itself
     Options: type[Options] = Options
 
+    @staticmethod
+    def defaults(scale:str) -> dict:
+        "Settings of training and backbone in which the base's paper differs from the others', for `scale` miniature or real."
+        return {}
+
     def __init__(self, backbone:Backbone, modules=(), options:Options|None=None):
         super().__init__()
         self.backbone, self.extras = backbone, nn.ModuleList(modules)
@@ -78,7 +83,7 @@ class Segmenter(nn.Module):
     def needed(self) -> tuple[str, ...]:
         "Stages to keep: what the base compares and what acting modules read."
         also = [s for seam in SEAMS for m in self.acting(seam) for s in m.reads]
-        return tuple(n for n in self.backbone.names if n in {*self.reads, *also})
+        return tuple(n for n in self.backbone.outputs if n in {*self.reads, *also})
 
     def encode(self, images:Float[Tensor, "n 3 h w"], queries:int|None=None, stages:tuple[str, ...]|None=None) -> dict[str, Float[Tensor, "n _ _ _"]]:
         "The `stages` (None: those needed) of a batch whose first `queries` images are queries (all, if None) and the rest supports."
@@ -92,7 +97,7 @@ class Segmenter(nn.Module):
             for m in staged: x = by_role(lambda p, role: m.stage(name, p, role), x)
             return x
         wanted = stages or self.needed
-        made = self.backbone(images, stop=wanted[-1], after=after if staged else None)
+        made = self.backbone(images, stop=wanted[-1].split('.')[0], after=after if staged else None, blocks=wanted)
         return {n: made[n] for n in wanted}
 
     def match(self, episode:Episode) -> Match:
@@ -118,8 +123,11 @@ class Segmenter(nn.Module):
         return match
 
     def decide(self, match:Match, size) -> Prediction:
-        "From stages to masks: compare, the `scores` seam, upsampling, the `mask` seam (argmax unless a module decides)."
-        match = self.refine_match(match)
+        "From stages to masks: the `features` seam, then the answer."
+        return self.answer(self.refine_match(match), size)
+
+    def answer(self, match:Match, size) -> Prediction:
+        "Compare, the `scores` seam, upsampling, the `mask` seam (argmax unless a module decides)."
         out = self.compare(match)
         coarse = out['scores']
         for m in self.acting('scores'): coarse = m.scores(coarse, match)

@@ -7,6 +7,7 @@ __all__ = ['FAMILIES', 'COLUMNS', 'leaderboard_path', 'read_board', 'check_means
 import math
 from pathlib import Path
 import pandas as pd
+from filelock import FileLock
 import cdfss
 from ..basics import InputError, atomic_write, unknown
 from ..data.guard import mark
@@ -129,9 +130,13 @@ def run_rows(run:Run|str|Path, family:str|None=None) -> pd.DataFrame:
     return pd.DataFrame(out).reindex(columns=COLUMNS).round(dict(value=2, low=2, high=2)).astype({'shot': 'Int64'})
 
 def append(run:Run|str|Path, path:str|Path|None=None, family:str|None=None) -> pd.DataFrame:
-    "Adds a run's rows to the leaderboard file, in place of earlier rows of the same run, and returns the whole board. Raises what `read_board` and `run_rows` raise."
-    path, rows = Path(path or leaderboard_path()), run_rows(run, family)
-    board = read_board(path)
-    board = pd.concat([board[board['run'] != rows['run'].iloc[0]], rows.astype(board.dtypes.to_dict())], ignore_index=True)
-    atomic_write(path, board.to_csv(index=False, lineterminator='\n'))
+    """Adds a run's rows to a leaderboard file, in place of earlier rows of the same run, and returns the whole board: the published rows as they are now,
+    then this project's. `path` defaults to `leaderboard.csv` beside the run folders. Raises what `read_board` and `run_rows` raise."""
+    run = run if isinstance(run, Run) else Run(run)
+    path, rows, board = Path(path or run.path.parent/'leaderboard.csv'), run_rows(run, family), read_board()
+    with FileLock(path.parent/f'.{path.name}.lock'):
+        own = read_board(path) if path.exists() else board
+        kept = own[(own['run'] != '') & (own['run'] != run.path.name)]
+        board = pd.concat([board[board['run'] == ''], kept, rows.astype(board.dtypes.to_dict())], ignore_index=True)
+        atomic_write(path, board.to_csv(index=False, lineterminator='\n'))
     return read_board(path)

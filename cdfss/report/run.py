@@ -19,7 +19,7 @@ from ..engine.protocols import audit
 from ..engine.runs import Run
 from ..engine.train import RunData, RunOptions, names, numbers
 from ..engine.fit import FitOptions
-from ..methods.seams import method_options, parse_recipe
+from ..methods.seams import parse_recipe, used_options
 from ..models.backbones import BackboneOptions
 from . import plots, tables
 
@@ -35,10 +35,8 @@ def question(s:Options) -> str:
 
 def parameters(s:Options) -> str:
     "The resolved parameters that this recipe uses, one group a line, as text."
-    recipe = parse_recipe(s.method)
-    used = [k for k in method_options() if k.split('_')[0] in (recipe.base, *recipe.modules)]
     groups = dict(run=[f for f in RunOptions.__dataclass_fields__], training=[f for f in FitOptions.__dataclass_fields__],
-                  backbone=[f for f in BackboneOptions.__dataclass_fields__], method=used)
+                  backbone=[f for f in BackboneOptions.__dataclass_fields__], method=used_options(s.method))
     shown = lambda k: Path(v).name if k == 'weights' and os.sep in str(v := getattr(s, k)) else getattr(s, k)
     return '\n'.join(f"{name:9s} " + '  '.join(f'{k}={shown(k)}' for k in keys) for name, keys in groups.items())
 
