@@ -11,7 +11,7 @@ from torch import nn
 import cdfss
 from ..basics import InputError, Options, Registry, unknown
 from ..models.backbones import Backbone
-from ..models.segmenter import BASES, SEAMS, Segmenter
+from ..models.segmenter import BASES, SEAMS, Segmenter, Tuning
 
 # %% ../../nbs/methods/20_seams.ipynb #40fe0d09
 class Module(nn.Module):
@@ -19,6 +19,7 @@ class Module(nn.Module):
     seams: tuple[str, ...] = ()              # of SEAMS
     phases: tuple[str, ...] = ()             # of fit, adapt, test
     neutral: dict = {}                       # option values at which nothing changes
+    tuning: Tuning|None = None               # of a module that acts in adapt: how its paper tunes it
     Options: type[Options] = Options
 
     def __init__(self, options:Options|None=None, backbone:Backbone|None=None):
@@ -53,9 +54,12 @@ class Recipe:
     modules: tuple[str, ...] = ()
     def __str__(self) -> str: return '+'.join((self.base, *self.modules))
 
-    def without(self, phase:str) -> 'Recipe':
-        "The recipe less the modules that act in `phase` alone (LCM acts at test only, so its training is the base's)."
-        return Recipe(self.base, tuple(m for m in self.modules if MODULES[m].phases != (phase,)))
+    @property
+    def adapts(self) -> bool: return BASES[self.base].tuning is not None or any('adapt' in MODULES[m].phases for m in self.modules)
+
+    def without(self, *phases:str) -> 'Recipe':
+        "The recipe less the modules that act in these phases alone (LCM acts at test only, so its training is the base's)."
+        return Recipe(self.base, tuple(m for m in self.modules if not set(MODULES[m].phases) <= set(phases)))
 
 def parse_recipe(text:str) -> Recipe:
     """The recipe that a text like `ssp+lem+lcm` or `loec` means. Raises `InputError` for an unknown, doubled or misplaced name, with the nearest

@@ -62,6 +62,7 @@ class Segmenter(nn.Module):
         self.backbone, self.extras = backbone, nn.ModuleList(modules)
         for m in self.extras:
             if 'fit' not in m.phases: m.requires_grad_(False)
+        self.tuning = next((m.tuning for m in self.extras if 'adapt' in m.phases), self.tuning)
         self.options = options or self.Options()
         self.reads = (backbone.names[-1],)
         self.adapting = False
