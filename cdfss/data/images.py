@@ -6,7 +6,6 @@ __all__ = ['MAPS', 'decode_image', 'decode_mask', 'ImageMap', 'map_kind', 'Image
 # %% ../../nbs/data/02_images.ipynb #5e4df88d
 import contextlib, json, os, struct, tempfile, time, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
 import numpy as np
@@ -93,16 +92,18 @@ def _put(path: Path, blob: bytes, scratch: Path):
         raise InputError(f"{path.parent}: cannot write decoded images ({e.strerror}): free space or set CDFSS_CACHE to another folder") from e
 
 # %% ../../nbs/data/02_images.ipynb #724e7327
-@dataclass(frozen=True)
 class ImageMap:
-    """A kind of label map that modules can ask for: `make(image u8 (3 s s), n)` returns integers (h w), 0 to R-1.
-    `settings` names what else the result depends on; it is part of the place in the cache."""
-    make: Callable[[np.ndarray, int], np.ndarray]
-    settings: str
+    "A kind of label map that modules can ask for. `settings` names what the result depends on beside image and number; it is part of the place in the cache."
+    settings = ''
+
+    @staticmethod
+    def make(image: UInt8[np.ndarray, "3 s s"], n: int) -> np.ndarray:
+        "Integers (h w), 0 to R-1."
+        raise NotImplementedError
 
 MAPS = Registry('image map')
 
-def map_kind(name: str) -> tuple[ImageMap, int]:
+def map_kind(name: str) -> tuple[type[ImageMap], int]:
     "The kind and the number in the name of a map, e.g. `slic-20`. Raises `InputError` for an unknown kind."
     family, _, n = name.partition('-')
     if not n.isdigit() or n == '0': raise InputError(f"image map '{name}': expected a kind and a number, e.g. slic-20")
