@@ -7,7 +7,7 @@ __all__ = ['SEAMS', 'BASES', 'IGNORE', 'Match', 'Tuning', 'Segmenter', 'cross_en
 from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..basics import Options, Registry
 from ..episode import Episode, Prediction
@@ -16,11 +16,13 @@ from .backbones import Backbone
 # %% ../../nbs/models/09_segmenter.ipynb #53dca77c
 @dataclass
 class Match:
-    "What `compare` reads: stage name -> features, and the support masks at image size (ignored pixels are 0 in both)."
+    """What `compare` reads: stage name -> features, and the support masks at image size (ignored pixels are 0 in both). `extras` are the image maps
+    that modules asked for, those of the query first (see `Episode`)."""
     query: dict[str, Float[Tensor, "b c h w"]]
     support: dict[str, Float[Tensor, "b k c h w"]]
     fg: Float[Tensor, "b k H W"]
     bg: Float[Tensor, "b k H W"]
+    extras: dict[str, Int[Tensor, "b k+1 _ _"]] = field(default_factory=dict)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
@@ -81,6 +83,11 @@ class Segmenter(nn.Module):
     def tunes_backbone(self) -> bool: return any(n.startswith('backbone.') for n in self.adaptable())
 
     @property
+    def extras_needed(self) -> tuple[str, ...]:
+        "Names of the image maps that acting modules read; the data layer supplies them in `Episode.extras`."
+        return tuple(dict.fromkeys(e for m in self.extras if self.phase in m.phases for e in m.extras_needed))
+
+    @property
     def needed(self) -> tuple[str, ...]:
         "Stages to keep: what the base compares and what acting modules read."
         also = [s for seam in SEAMS for m in self.acting(seam) for s in m.reads]
@@ -92,7 +99,6 @@ class Segmenter(nn.Module):
         def by_role(act, x):
             parts = [(x[:queries], 'query'), (x[queries:], 'support')]
             return torch.cat([act(p, role) for p, role in parts if len(p)])
-        for m in self.acting('images'): images = by_role(m.images, images)
         staged = self.acting('stage')
         def after(name, x):
             for m in staged: x = by_role(lambda p, role: m.stage(name, p, role), x)
@@ -103,10 +109,11 @@ class Segmenter(nn.Module):
 
     def match(self, episode:Episode) -> Match:
         "Encode one batch of episodes, query and supports together."
+        for m in self.acting('images'): episode = m.images(episode)
         b, k = episode.support.shape[:2]
         stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
-        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg)
+        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras)
 
     def compare(self, match:Match) -> dict[str, Tensor]:
         "Coarse scores at feature resolution under `scores` (b 2 h w, [background, foreground]), and what `losses` and diagnostics want."
@@ -134,7 +141,7 @@ class Segmenter(nn.Module):
         for m in self.acting('scores'): coarse = m.scores(coarse, match)
         scores = self.upsample(coarse, size)
         deciders = self.acting('mask')
-        mask = deciders[-1].mask(scores) if deciders else scores[:, 1] > scores[:, 0]
+        mask = deciders[-1].mask(scores, match, out) if deciders else scores[:, 1] > scores[:, 0]
         return Prediction(scores, mask, coarse, {k: v for k, v in out.items() if k.endswith('prototype')})
 
     def forward(self, episode:Episode) -> Prediction: return self.decide(self.match(episode), episode.query.shape[-2:])
@@ -146,8 +153,10 @@ class Segmenter(nn.Module):
         return self._terms(self.match(episode), target, episode.query.shape[-2:])
 
     def _terms(self, match:Match, target:Tensor, size) -> dict[str, Tensor]:
-        match = self.refine_match(match)
-        return self.losses(match, self.compare(match), target, size)
+        changed = self.refine_match(match)
+        out = self.compare(changed)
+        if not any(m.beside for m in self.acting('features')): return self.losses(changed, out, target, size)
+        return self.losses(match, self.compare(match), target, size) | {'enhanced': cross_entropy(self.upsample(out['scores'], size), target)}
 
     def adaptable(self) -> list[str]:
         "Names of the parameters that are tuned on the supports of a task: those of the modules that act in `adapt`."
@@ -163,7 +172,8 @@ class Segmenter(nn.Module):
         others = lambda t: t[:, shown].flatten(0, 1)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
         target = torch.where(fg > 0, 1, torch.where(bg > 0, 0, IGNORE)).flatten(0, 1)
-        return Match({n: f.flatten(0, 1) for n, f in stages.items()}, {n: others(f) for n, f in stages.items()}, others(fg), others(bg)), target
+        extras = {n: torch.cat([e[:, 1:].flatten(0, 1)[:, None], others(e[:, 1:])], 1) for n, e in episode.extras.items()}
+        return Match({n: f.flatten(0, 1) for n, f in stages.items()}, {n: others(f) for n, f in stages.items()}, others(fg), others(bg), extras), target
 
     def adapt_loss(self, episode:Episode, stages:dict[str, Float[Tensor, "b k c h w"]]|None=None) -> dict[str, Tensor]:
         "Named loss terms of tuning on the supports alone; see `rehearse`."
