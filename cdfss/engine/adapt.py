@@ -127,7 +127,7 @@ class Tuner:
 
     def adapts(self, segmenter:Segmenter) -> bool:
         "Whether there is anything to tune, and steps to do it in."
-        return bool(segmenter.adaptable()) and self.options.plan(segmenter.tuning, '').steps > 0
+        return segmenter.tuning is not None and self.options.plan(segmenter.tuning, "").steps > 0 and bool(segmenter.adaptable())
 
     def batch(self, size:int, device:str) -> int:
         "Tasks at once for images of this size."

@@ -17,7 +17,8 @@ from ..data.images import ImageStore
 from ..engine.metrics import paired_bootstrap, seed_interval
 from ..engine.protocols import audit
 from ..engine.runs import Run
-from ..engine.train import RunData, RunOptions, names, numbers
+from ..engine.adapt import AdaptOptions
+from ..engine.train import RunData, RunOptions, beside, names, numbers
 from ..engine.fit import FitOptions
 from ..methods.seams import parse_recipe, used_options
 from ..models.backbones import BackboneOptions
@@ -26,19 +27,19 @@ from . import plots, tables
 # %% ../../nbs/report/53_run.ipynb #ed545fea
 def question(s:Options) -> str:
     "What a run answers, as a sentence of Markdown."
-    recipe, plain = parse_recipe(s.method), parse_recipe(s.method).without('test')
     data = 'the built-in miniature' if s.data_root is None else f'`{s.data_root}`'
     text = (f"Trained on **{s.source}** for {s.epochs} epochs, how well does **{s.method}** segment classes it never saw, in "
             f"{', '.join(names(s.targets))}, from {' or '.join(map(str, numbers(s.shots, 'shots')))} annotated images? Data: {data}, {s.size} px, seed {s.seed}.")
-    if s.compare and plain != recipe: text += f" Beside it, the same weights without what acts at test time only: **{plain}**."
+    if other := beside(s): text += f" Beside it, the same weights without what acts on the target only: **{other}**."
     return text
 
 def parameters(s:Options) -> str:
     "The resolved parameters that this recipe uses, one group a line, as text."
     groups = dict(run=[f for f in RunOptions.__dataclass_fields__], training=[f for f in FitOptions.__dataclass_fields__],
+                  adaptation=[f for f in AdaptOptions.__dataclass_fields__] if parse_recipe(s.method).adapts else [],
                   backbone=[f for f in BackboneOptions.__dataclass_fields__], method=used_options(s.method))
     shown = lambda k: Path(v).name if k == 'weights' and os.sep in str(v := getattr(s, k)) else getattr(s, k)
-    return '\n'.join(f"{name:9s} " + '  '.join(f'{k}={shown(k)}' for k in keys) for name, keys in groups.items())
+    return '\n'.join(f"{name:10s} " + '  '.join(f'{k}={shown(k)}' for k in keys) for name, keys in groups.items() if keys)
 
 # %% ../../nbs/report/53_run.ipynb #7eb13615
 def _image(store:ImageStore, p:int) -> np.ndarray: return store.image(p).permute(1, 2, 0).numpy()
@@ -56,8 +57,9 @@ def preview(s:Options, data:RunData):
 # %% ../../nbs/report/53_run.ipynb #da02770f
 def progress(s:Options, say:Callable=print) -> Callable:
     "A function for `train(on_epoch=...)` that prints a heading and one line per epoch: loss, source and target mIoU, seconds, time left."
-    columns = [f'miou/{s.method}/{t}' for t in names(s.targets)]
-    say(f"1-shot class mIoU of {s.method} on {s.track_episodes} episodes a data set, after each source epoch (0: before training)")
+    followed = beside(s) if parse_recipe(s.method).adapts else s.method          # tuning waits for the end of source training
+    columns = [f'miou/{followed}/{t}' for t in names(s.targets)]
+    say(f"1-shot class mIoU of {followed} on {s.track_episodes} episodes a data set, after each source epoch (0: before training)")
     say(tables.progress_header(columns))
     return lambda row: say(tables.progress_line(row, s.epochs, columns))
 
