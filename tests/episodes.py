@@ -2,7 +2,7 @@
 import torch
 from cdfss.basics import mix_seed
 from cdfss.episode import Episode
-from cdfss.methods.seams import ALIASES, MODULES, build, discover
+from cdfss.methods.seams import ALIASES, MODULES, build, discover, parse_recipe
 from cdfss.models.backbones import BackboneOptions, create_backbone
 from cdfss.models.segmenter import BASES
 
@@ -40,5 +40,7 @@ def backbone(seed=0, **options):
     return enliven(create_backbone(BackboneOptions(**dict(weights='none') | options)))
 
 def segmenter(recipe, values=None, seed=0, **options):
-    "A recipe on a random backbone, in eval mode."
-    return build(recipe, backbone(seed, **options), values).eval()
+    "A recipe on a random backbone as its base wants it, in eval mode."
+    fields = BackboneOptions.__dataclass_fields__
+    own = {k: v for k, v in BASES[parse_recipe(recipe).base].defaults('miniature').items() if k in fields}
+    return build(recipe, backbone(seed, **own | options), values).eval()

@@ -12,7 +12,7 @@ def load(folder:Path, case:str) -> tuple[dict, dict]:
 def fill(key:str, shape, gains=()) -> torch.Tensor:
     "One tensor by the weight rule."
     n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
-    last = key.split('.')[-1]
+    last = re.split('[.:]', key)[-1]
     if last == 'num_batches_tracked': return torch.tensor(0)
     if last == 'running_var': v = .5 + .5 * np.abs(n)
     elif last == 'running_mean': v = .1 * n
@@ -29,7 +29,7 @@ def official_state(folder:Path, case:str) -> dict[str, torch.Tensor]:
     "The state dict of a case under the authors' own names."
     arrays, entry = load(folder, case)
     keys = json.loads((folder/f'{case}.keys.json').read_text())
-    state = {k: fill(k, shape, entry['weight_rule']['gains']) for k, (shape, _) in keys.items()}
+    state = {k: fill(k, shape, entry['weight_rule'].get('gains', ())) for k, (shape, _) in keys.items()}
     for name, value in arrays.items():
         if name.startswith('override.'): state[name.removeprefix('override.')] = torch.from_numpy(value)
     return state

@@ -119,11 +119,11 @@ class Backbone(nn.Module):
 
     `stages` is an ordered module dict, `names` its keys; `blocks` says what can be read of each stage's inside (`stage2.0`, ..., or the stage itself where it
     has no blocks), `outputs` all that can be read, in order; `channels()` the width after each stage."""
-    def __init__(self, stages:dict[str, nn.Module], mean, std, *, frozen:tuple[str, ...]=(), bn:str='frozen', name:str=''):
+    def __init__(self, stages:dict[str, nn.Module], mean, std, *, frozen:tuple[str, ...]=(), bn:str='frozen', name:str='', options:BackboneOptions|None=None):
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.names, self.frozen, self.bn, self.name = tuple(stages), tuple(frozen), bn, name
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.options = tuple(mean), tuple(std), options
         self.ends = {f'{s}.{i}': m for s, stage in stages.items() for i, m in enumerate(block_ends(stage))}
         for m in self.ends.values(): m.inplace = False                    # what enters them may be kept
         self.blocks = {s: tuple(n for n in self.ends if n.startswith(f'{s}.')) or (s,) for s in stages}
@@ -218,4 +218,4 @@ def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
         setattr(block, 'act3' if isinstance(block, Bottleneck) else 'act2', nn.Identity())
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     mean, std = dict(auto=(cfg.get('mean', IMAGENET_MEAN), cfg.get('std', IMAGENET_STD)), imagenet=(IMAGENET_MEAN, IMAGENET_STD), half=((.5,) * 3,) * 2)[o.pixels]
-    return Backbone({k: stages[k] for k in keep}, mean, std, frozen=parse_stages(o.freeze, keep), bn=o.bn, name=name)
+    return Backbone({k: stages[k] for k in keep}, mean, std, frozen=parse_stages(o.freeze, keep), bn=o.bn, name=name, options=o)
