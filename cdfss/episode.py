@@ -20,7 +20,8 @@ def _move(value, device):
 class Episode:
     """A batch of few-shot questions. Images are normalised as the backbone wants them (see `Backbone.normalize`).
 
-    `ids` holds, per episode, the query's id followed by the K support ids; `cls` is the 0-based class."""
+    `ids` holds, per episode, the query's id followed by the K support ids; `cls` is the 0-based class; `extras` are image maps (b k+1 _ _) that
+    modules asked for by name, for the query and then the supports."""
     query: Float[Tensor, "b 3 h w"]
     support: Float[Tensor, "b k 3 h w"]
     support_masks: Bool[Tensor, "b k h w"]

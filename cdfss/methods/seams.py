@@ -19,6 +19,8 @@ class Module(nn.Module):
     seams: tuple[str, ...] = ()              # of SEAMS
     phases: tuple[str, ...] = ()             # of fit, adapt, test
     neutral: dict = {}                       # option values at which nothing changes
+    extras_needed: tuple[str, ...] = ()      # image maps it reads, e.g. slic-5 (data/11_superpixels)
+    beside: bool = False                     # at `features`: trained by a loss term of its own, while the base's terms keep to the unchanged features
     tuning: Tuning|None = None               # of a module that acts in adapt: how its paper tunes it
     Options: type[Options] = Options
 
