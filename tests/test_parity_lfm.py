@@ -19,7 +19,7 @@ def big():
 
 def eighth(a, name): return torch.from_numpy(a[name]).float() / 16
 
-def masks(keys, group, prefix): return {n: fill(f'{prefix}:{n}', shape)[0] for n, (shape, _) in keys[group].items()}
+def masks(keys, group, prefix=''): return {n: fill(prefix + n, shape)[0] for n, (shape, _) in keys[group].items()}
 
 def module(kind, options, **parameters):
     "The module with parameters in place of its own, whatever their width."
@@ -31,7 +31,7 @@ def module(kind, options, **parameters):
 def test_mask(case, keys, kind, name):
     a, entry = case
     x, tol, o = eighth(a, 'x_i8'), entry['recommended_atol'], APMOptions(reference=True)
-    filled = masks(keys, name, name)
+    filled = masks(keys, name, f'{name}:')
     close(filled['mask_amplitude'][None], a[f'mask_{name}_mask_amplitude'], 1e-6, 'amplitude mask by the weight rule')
     start = kind(o, backbone())
     assert (start.amplitude == 1).all() and (start.phase == 1).all()
@@ -41,7 +41,7 @@ def test_mask(case, keys, kind, name):
 
 def test_mask_gradients(case, keys):
     a, entry = case
-    filled = masks(keys, 'shared', 'shared')
+    filled = masks(keys, 'shared', 'shared:')
     m = module(APMS, APMOptions(reference=True), amplitude=filled['mask_amplitude'], phase=filled['mask_phase'])
     loss = (m.filter(eighth(a, 'x_i8')) - eighth(a, 'mask_target_i8')).pow(2).mean()
     close(loss[None].detach(), a['mask_shared_loss'], entry['recommended_atol'], 'loss')
@@ -50,7 +50,7 @@ def test_mask_gradients(case, keys):
 
 def test_mask_of_2048_channels(case, keys, big):
     a, entry = case
-    filled = masks(keys, 'perchannel_2048', 'perchannel')
+    filled = masks(keys, 'perchannel_2048')
     y = mask_frequencies_reference(big, filled['mask_amplitude'], filled['mask_phase'])
     close(y.flatten()[torch.from_numpy(a['big_index']).long()], a['big_mask_out'], entry['recommended_atol'], 'masked')
     close(torch.stack([y.mean(), y.std(), y.abs().max()]), a['big_mask_stats'], entry['recommended_atol'], 'statistics')
