@@ -53,3 +53,9 @@ def test_the_mean_over_targets_has_an_interval(miniature, tmp_path):
     run = train(settings(miniature, tmp_path), **quiet)
     assert '[' in tables.wide(tables.results([run.path]))['mean 1-shot'].iloc[0]
     assert run.metrics['guard'] == {'on': True, 'leaks': []}
+
+def test_house_rules_nest_their_shots(miniature, tmp_path):
+    def drawn(**kw): return prepare(resolve(settings(miniature, tmp_path, targets='isic', shots='1,5', **kw))).manifests
+    for kw, nests in ((dict(protocol='balanced'), True), (dict(), False), (dict(nest=True), True), (dict(protocol='balanced', nest=False), False)):
+        one, five = (drawn(**kw)['isic', k] for k in (1, 5))
+        assert (one.episodes == [(q, s[:1], c) for q, s, c in five.episodes]) == nests

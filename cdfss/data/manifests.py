@@ -125,9 +125,10 @@ Draws = Iterator[tuple[int, tuple[int, ...], int]]
 
 @dataclass(frozen=True)
 class Rule:
-    "`draws(dataset, classes, shot, seed)` yields episodes; `count(dataset, classes)` is the published number of them."
+    "`draws(dataset, classes, shot, seed)` yields episodes; `count(dataset, classes)` is the published number of them; `nests`: no published order stands in the way of nesting shots."
     draws: Callable
     count: Callable
+    nests: bool = False
 
 def _rejecting(rng: np.random.RandomState, dataset: DataSet, query: int, pool: list[int], shot: int) -> tuple[int, ...]:
     "Supports as the published loaders draw them: one at a time, again when it is the query's image."
@@ -186,11 +187,11 @@ def _pairs(classes: dict[int, list[int]]) -> int: return sum(map(len, classes.va
 def _published(rule: str) -> Callable: return lambda d, classes: _pairs(classes) if d.name == 'fss' else EPISODES[rule]
 
 for _name in ('patnet', 'hsl', 'ifa'): RULES.register(_name)(Rule(_patnet, _published(_name)))
-for _name, _draws, _count in (('hsnet', _walk, lambda d, classes: VOC_EPISODES if d.name == 'voc' else _pairs(classes)),
+for _name, _draws, _count, *_nests in (('hsnet', _walk, lambda d, classes: VOC_EPISODES if d.name == 'voc' else _pairs(classes)),
                               ('abcdfss', _walk, lambda d, classes: _pairs(classes)),
-                              ('balanced', _balanced, lambda d, classes: EPISODES['balanced']),
-                              ('exhaustive', _exhaustive, lambda d, classes: _pairs(_one_each(d, classes)))):
-    RULES.register(_name)(Rule(_draws, _count))
+                              ('balanced', _balanced, lambda d, classes: EPISODES['balanced'], True),
+                              ('exhaustive', _exhaustive, lambda d, classes: _pairs(_one_each(d, classes)), True)):
+    RULES.register(_name)(Rule(_draws, _count, *_nests))
 
 # %% ../../nbs/data/04_manifests.ipynb #b9dd5614
 def draw(rule: str, dataset: DataSet, shot: int=1, seed: int=0, episodes: int | None=None, offset: int=0) -> Manifest:

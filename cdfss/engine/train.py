@@ -18,7 +18,7 @@ from ..basics import InputError, Options, atomic_write, file_hash, option, write
 from ..data.images import ImageStore
 from ..data.layouts import DATASETS, DataSet, open_dataset
 from ..data.guard import Ledger, check_leakage
-from ..data.manifests import Manifest, draw, load_manifests
+from ..data.manifests import RULES, Manifest, draw, draw_nested, load_manifests
 from ..data.miniature import miniature_root
 from .adapt import AdaptOptions, Tuner
 from .evaluate import FeatureStore, evaluate, needed_stages, predict
@@ -47,6 +47,7 @@ class RunOptions(Options):
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
     protocol:str           = option('patnet', "named protocol: test splits, episode rule and counts (nbs/protocols.ipynb)", choices=[p for p in PROTOCOLS if not PROTOCOLS[p].folds])
     manifest:str|None      = option(None, "episode manifests to use instead: a .json file, a folder of them, or several with commas between")
+    nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
     test_seed:int          = option(0, "seed of the test episodes; equal for all runs that are compared", low=0, high=2**32 - 1)
     test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 40 for methods that adapt)", low=1)
@@ -58,7 +59,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
+NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
               real=dict(size=400, epochs=20, fit_episodes=1200, backbone='resnet50'))
@@ -206,7 +207,9 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
         if given: drawn = {k: m for (n, k), m in given.items() if n == name}
         candidate = store(next(iter(drawn.values())).opened if given else opener(name, rules.split(name)))
         while True:
-            if not given: drawn = {k: draw(rules.rule, candidate.dataset, k, s.test_seed, s.test_episodes) for k in sorted({1, *shots})}
+            if not given:
+                nest, how = RULES[rules.rule].nests if s.nest is None else s.nest, (s.test_seed, s.test_episodes)
+                drawn = draw_nested(rules.rule, candidate.dataset, {1, *shots}, *how) if nest else {k: draw(rules.rule, candidate.dataset, k, *how) for k in sorted({1, *shots})}
             ready = _ready(candidate, _used(drawn.values()))
             if ready is candidate: break
             if given: raise InputError(f"manifest={s.manifest}: it asks for faulty files of '{name}' ({ready.dataset.problems[0]}); mend them or draw other episodes")
