@@ -14,12 +14,14 @@ class InputError(ValueError):
     "Bad input: one line that names the file or parameter, what was expected, and what to do."
 
 def unknown(kind:str, name:str, known:Iterable[str]) -> InputError:
-    "The error for a name that is not in `known`: suggests the nearest and lists the rest."
+    "The error for a name that is not in `known`: suggests the nearest and lists the rest, or of very many those that are near."
     known = sorted(known)
     near = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     near.sort(key=lambda k: sorted(k) != sorted(str(name).lower()))         # letters swapped beat a letter replaced
     hint = f"did you mean '{near[0]}'? " if near else ''
-    return InputError(f"unknown {kind} '{name}': {hint}choose from {', '.join(known)}")
+    if len(known) <= 40: return InputError(f"unknown {kind} '{name}': {hint}choose from {', '.join(known)}")
+    like = difflib.get_close_matches(str(name).lower(), known, n=6, cutoff=0.3) or known[:6]
+    return InputError(f"unknown {kind} '{name}': {hint}the nearest of {len(known)}: {', '.join(like)}")
 
 # %% ../nbs/01_basics.ipynb #cd341870
 def option(default, help:str, *, choices:Iterable|None=None, low:float|None=None, high:float|None=None):

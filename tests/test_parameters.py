@@ -49,7 +49,7 @@ def test_the_parameters_cell_says_the_defaults():
     (dict(epochs=True), 'epochs=True is bool'),
     (dict(epochs=-1), 'epochs=-1: expected at least 0'),
     (dict(batch=0), 'batch=0: expected at least 1'),
-    (dict(batch=None), 'batch=None is NoneType, expected int (default 8)'),
+    (dict(fit_shot=None), 'fit_shot=None is NoneType, expected int (default 1)'),
     (dict(momentum=1.5), 'momentum=1.5: expected at most 1'),
     (dict(lr=float('nan')), 'lr=nan: expected a finite number'),
     (dict(lr='1e-3'), "lr='1e-3' is str"),
@@ -167,11 +167,14 @@ def test_everything_else_changes_the_name(base):
     other = dict(method='ssp', seed=1, source='chest', targets='chest', size=64, on_error='skip', min_area=2, shots='5', protocol='balanced', test_seed=1, test_episodes=7,
                  track='none', track_episodes=7, compare=False, samples=1, epochs=2, fit_episodes=9, batch=4, fit_shot=2, lr=.1, schedule='poly', momentum=.5,
                  weight_decay=0.0, border='background', precision='bf16', backbone='resnet18', last_stage='stage2', output_stride=16, last_relu=True, pixels='half',
-                 freeze='stem', bn='eval', guard=False)
-    skipped = {*train_module.NOT_HASHED, *method_options()}
+                 freeze='stem', bn='eval', guard=False, optimizer='adam')
+    tuning = dict(adapt_steps=3, adapt_lr=.5, adapt_optimizer='sgd')
+    skipped = {*train_module.NOT_HASHED, *method_options(), *tuning}
     assert set(other) == {f.name for f in dataclasses.fields(TrainSettings)} - skipped, 'a new parameter: say here how it changes the name'
     names = {k: name(s, data, **{k: v}) for k, v in other.items()}
     assert len({*names.values(), name(s, data)}) == len(names) + 1
+    assert {name(s, data, **{k: v}) for k, v in tuning.items()} == {name(s, data)}, 'nothing is tuned in this recipe'
+    assert len({name(s, data, method='ssp+apm_m', **{k: v}) for k, v in (*tuning.items(), ('seed', 0))}) == 4
 
 def test_options_count_where_their_method_is_used(base):
     s, data = base
