@@ -124,3 +124,6 @@ class ACPA(FeatureFilter):
     def filter(self, x, fg=None):
         seen = x if fg is None else x * resize_mask(fg, x.shape[-2:]).unsqueeze(-3)
         return x * self.weights(seen)[..., None, None].to(x.dtype)
+
+# %% ../../nbs/methods/22_lfm.ipynb #c8a226f8
+ALIASES.register('lfm')('hsnet+apm_m+acpa')
