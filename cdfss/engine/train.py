@@ -247,7 +247,7 @@ def beside(s:Options) -> str|None:
     base untuned. A method that adapts is followed in this form."""
     recipe = parse_recipe(s.method)
     plain = recipe.without('adapt', 'test')
-    if plain.adapts: return f'{plain} untuned'
+    if plain.adapts: return f'{plain}, untuned'
     return str(plain) if plain != recipe and (s.compare or recipe.adapts) else None
 
 def _methods(s:Options, segmenter:Segmenter) -> dict[str, Segmenter]:
