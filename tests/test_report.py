@@ -7,7 +7,8 @@ from cdfss.basics import InputError, write_json
 from cdfss.engine.metrics import class_miou, seed_interval
 from cdfss.methods.seams import ALIASES, MODULES, discover
 from cdfss.report import plots
-from cdfss.report.tables import progress_header, progress_line, results, styled, summarise, tidy_episodes, to_text, wide
+from cdfss.diagnostics.trajectory import tidy_episodes
+from cdfss.report.tables import progress_header, progress_line, results, styled, summarise, to_text, wide
 
 @pytest.fixture(autouse=True)
 def closed():

@@ -192,7 +192,7 @@ def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict, crowded:bool):
 @_house
 def trajectory(tidy:pd.DataFrame, ax:Axes|None=None, source:str='voc') -> Figure:
     """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method,
-    miou and may have low, high and seed (see `tables.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
+    miou and may have low, high and seed (see `diagnostics.trajectory.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
     More than three methods get larger panels and a colour each, and their peaks are not marked. Raises `InputError` for missing columns, no rows, or rows that cannot be told apart."""
     tidy = _filled('tidy', tidy, 'epoch', 'target', 'method', 'miou')
     if 'shot' in tidy and tidy['shot'].nunique() > 1: raise InputError("tidy mixes shots: select one, tidy[tidy.shot == 1]")

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'TARGET_ORDER', 'results', 'in_order', 'check_comparable', 'summarise', 'caption', 'wide', 'to_text',
-           'styled', 'progress_header', 'progress_line', 'tidy_episodes']
+           'styled', 'progress_header', 'progress_line']
 
 # %% ../../nbs/report/50_tables.ipynb #6caf489e
 import math, textwrap
@@ -12,7 +12,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 from ..basics import InputError, unknown
 from ..data.guard import mark
-from ..engine.metrics import bootstrap, seed_interval
+from ..engine.metrics import seed_interval
 from ..engine.runs import Run
 
 # %% ../../nbs/report/50_tables.ipynb #d407f165
@@ -152,10 +152,3 @@ def progress_line(row:Mapping[str, Any], epochs:int, columns:Sequence[str]=()) -
     return (f"{str(row['epoch']) + '/' + str(epochs):>9} {cell('loss', '.4f'):>8} {cell('source_miou', '.1f'):>7}"
             + ''.join(f' {cell(c, ".1f"):>{max(len(n), 7)}}' for c, n in zip(columns, _labels(columns)))
             + f" {_duration(row['seconds']):>7} {left:>7}")
-
-# %% ../../nbs/report/50_tables.ipynb #6551710d
-def tidy_episodes(episodes:pd.DataFrame, metric:str='class_miou', draws:int=500) -> pd.DataFrame:
-    "Rows epoch, target, shot, method, miou, low, high (percent) from a table of episodes that may hold several epochs, targets, shots and methods."
-    keys = ['epoch', 'target', 'shot', 'method']
-    rows = [(*key, *bootstrap(g, metric, draws)) for key, g in episodes.groupby(keys, sort=False)]
-    return pd.DataFrame(rows, columns=[*keys, 'miou', 'low', 'high'])
