@@ -2,6 +2,7 @@
 import dataclasses, re, sys
 import pytest, torch
 from cdfss.basics import InputError, Options, Registry, option
+from cdfss.engine.adapt import pick
 from cdfss.engine.fit import autocast
 from cdfss.engine.train import SECTIONS, TrainSettings
 from cdfss.methods.seams import ALIASES, MODULES, Module, build, discover, method_options, parse_recipe
@@ -21,10 +22,6 @@ def loss(seg, e, seed=0):
 @torch.no_grad()
 def scores(seg, e): return seg.eval()(e).scores
 
-def pick(e, i):
-    "Episode i of a batch, alone."
-    return dataclasses.replace(e, **{f.name: v[i:i + 1] for f in dataclasses.fields(e) if isinstance(v := getattr(e, f.name), torch.Tensor)})
-
 # ---- shapes, loss, gradients ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('recipe', RECIPES)
 @pytest.mark.parametrize('k,size', [(1, 65), (5, 48)])
@@ -43,7 +40,8 @@ def test_gradients_reach_what_trains_and_nothing_else(recipe):
     seg = segmenter(recipe, freeze='stem+stage1', bn='frozen')
     norms = {id(p) for m in seg.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
     still = {id(p) for s in ('stem', 'stage1') for p in seg.backbone.stages[s].parameters()} | norms
-    sum(loss(seg, episode(2)).values()).backward()
+    still |= {id(p) for m in seg.extras if 'fit' not in m.phases for p in m.parameters()}          # tuned on a target, or never
+    sum(loss(seg, episode(2, size=129)).values()).backward()
     for name, p in seg.named_parameters():
         if id(p) in still: assert p.grad is None and not p.requires_grad, name
         else: assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
@@ -80,7 +78,8 @@ def test_weights_carry_everything(recipe):
 def test_five_equal_supports_are_one(recipe):
     seg, one = segmenter(recipe), episode(2)
     many = lambda t: t.expand(-1, 5, *t.shape[2:])
-    five = dataclasses.replace(one, support=many(one.support), support_masks=many(one.support_masks), support_ignore=many(one.support_ignore))
+    five = dataclasses.replace(one, support=many(one.support), support_masks=many(one.support_masks), support_ignore=many(one.support_ignore),
+                               extras={n: torch.cat([m[:, :1], many(m[:, 1:])], 1) for n, m in one.extras.items()})
     assert (scores(seg, one) - scores(seg, five)).abs().max() < 1e-4
 
 # ---- modules: neutral, and quiet outside their phases -----------------------------------------------------------------------
@@ -95,7 +94,9 @@ def test_neutral_module_is_the_base_exactly(base, m):
 @pytest.mark.parametrize('base,m', PAIRS)
 def test_module_acts_in_its_phases_only(base, m):
     plain, with_module, e = segmenter(base), segmenter(f'{base}+{m}'), episode(2)
-    same = torch.equal(scores(plain, e), scores(with_module, e))
+    if acts(m, 'adapt') and not acts(m, 'fit'):                                                    # what is tuned may begin as nothing
+        for p in with_module.extras.parameters(): p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    same = torch.equal(scores(plain, e), scores(with_module, e)) and torch.equal(plain(e).mask, with_module(e).mask)
     assert same != acts(m, 'test')
     a, b = sum(loss(plain, e).values()), sum(loss(with_module, e).values())
     assert torch.equal(a, b) != acts(m, 'fit')
