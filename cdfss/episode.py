@@ -31,6 +31,7 @@ class Episode:
     cls: Int[Tensor, "b"] | None = None
     ids: list[tuple[str, ...]] = field(default_factory=list)
     extras: dict[str, Tensor] = field(default_factory=dict)
+    domain: str = ''                                         # the data set
 
     @property
     def shots(self) -> int: return self.support.shape[1]

@@ -11,7 +11,8 @@ RECIPES = sorted({*BASES, *(f'{b}+{m}' for b in BASES for m in MODULES), *ALIASE
 PAIRS = [(b, m) for b in sorted(BASES) for m in sorted(MODULES)]
 
 def episode(b=2, k=1, size=65, seed=0, void=True) -> Episode:
-    "Coloured noise with a rectangle of another colour as object; the query and supports of an episode share both colours."
+    """Coloured noise with a rectangle of another colour as object; the query and supports of an episode share both colours. Superpixels are
+    the cells of random points."""
     g = torch.Generator().manual_seed(mix_seed('episode', seed))
     n = k + 1
     masks = torch.zeros(b, n, size, size, dtype=torch.bool)
@@ -23,7 +24,9 @@ def episode(b=2, k=1, size=65, seed=0, void=True) -> Episode:
     images = torch.where(masks[:, :, None], colours[:, 1], colours[:, 0]) + .3*torch.randn(b, n, 3, size, size, generator=g)
     ignore = torch.zeros_like(masks)
     if void: ignore[..., :size//8, :] = True
-    return Episode(images[:, 0], images[:, 1:], masks[:, 1:], query_mask=masks[:, 0], ignore=ignore[:, 0], support_ignore=ignore[:, 1:])
+    place = torch.stack(torch.meshgrid(torch.arange(24.), torch.arange(24.), indexing='ij'), -1).view(-1, 2)
+    maps = {f'slic-{p}': torch.cdist(place, 24*torch.rand(b*n, p*p, 2, generator=g)).argmin(-1).view(b, n, 24, 24) for p in (5, 10, 15, 20)}
+    return Episode(images[:, 0], images[:, 1:], masks[:, 1:], query_mask=masks[:, 0], ignore=ignore[:, 0], support_ignore=ignore[:, 1:], extras=maps)
 
 def enliven(net):
     "Random batch norms: at timm's start the last one of each block is 0, which hides the block, and all statistics are 0 and 1."

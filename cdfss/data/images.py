@@ -267,4 +267,4 @@ def collate(store: ImageStore, episodes: Sequence[tuple[int, tuple[int, ...], in
     return Episode(images[query], images[support], fg[support], query_mask=fg[query], ignore=ignore[query] if void else None,
                    support_ignore=ignore[support] if void else None, cls=torch.tensor([c for _, _, c in episodes]),
                    ids=[tuple(items[p].id for p in (q, *s)) for q, s, _ in episodes],
-                   extras={n: torch.stack([store.map(n, p) for p in order])[place] for n in extras})
+                   extras={n: torch.stack([store.map(n, p) for p in order])[place] for n in extras}, domain=store.dataset.name)

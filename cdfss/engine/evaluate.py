@@ -142,7 +142,7 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
         if features is None: features = own = FeatureStore(first, store, needed_stages(segmenters), device=device, precision=precision, spill=parts)
     else: features = None
     tuner = tuner or Tuner()
-    if not batch and any(map(tuner.adapts, segmenters.values())): batch = tuner.batch(store.size, device)
+    if not batch and any(map(tuner.adapts, segmenters.values())): batch = tuner.batch(store.size, manifest.shot, device)
     batch = batch or (8 if device != 'cpu' else 16 if store.size <= 128 else 1)
     seconds = {} if seconds is None else seconds
     frames = []

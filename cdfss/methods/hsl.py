@@ -154,9 +154,10 @@ class HSM(Module):
     def features(self, match:Match) -> Match:
         o, b = self.options, len(match.fg)
         if o.strength == 0: return match
-        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1)
+        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1).float()
         low, maps = joined(o.low), [match.extras[m].flatten(0, 1) for m in self.extras_needed]
-        made = {n: self.enhance(joined(n), low, maps).unflatten(0, (b, -1)) for n in match.query if n.startswith(self.at)}
+        with torch.autocast(low.device.type, enabled=False):                       # means over many pixels want float32
+            made = {n: self.enhance(joined(n), low, maps).to(match.query[n].dtype).unflatten(0, (b, -1)) for n in match.query if n.startswith(self.at)}
         match = replace(match, query=match.query | {n: f[:, 0] for n, f in made.items()}, support=match.support | {n: f[:, 1:] for n, f in made.items()})
         if not o.reference: return match
         nearest = lambda masks: F.interpolate(masks, next(iter(made.values())).shape[-2:])

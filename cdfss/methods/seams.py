@@ -7,6 +7,7 @@ __all__ = ['MODULES', 'ALIASES', 'Module', 'discover', 'Recipe', 'parse_recipe',
 # %% ../../nbs/methods/20_seams.ipynb #1aff949e
 import importlib, pkgutil
 from dataclasses import Field, dataclass, fields
+import torch
 from torch import nn
 import cdfss
 from ..basics import InputError, Options, Registry, unknown
@@ -106,7 +107,8 @@ def build(recipe:str|Recipe, backbone:Backbone, values:dict|None=None) -> Segmen
     values, known = values or {}, method_options()
     for k in values:
         if k not in known: raise unknown('parameter', k, known)
-    modules = [MODULES[m](options_of(m, MODULES[m].Options, values), backbone) for m in recipe.modules]
+    with torch.random.fork_rng(devices=[]):                                       # so that the base starts from the same weights whatever is plugged in
+        modules = [MODULES[m](options_of(m, MODULES[m].Options, values), backbone) for m in recipe.modules]
     for name, m in zip(recipe.modules, modules):
         wrong = [s for s in m.seams if s not in SEAMS]
         if wrong: raise InputError(f"module '{name}' names the seam '{wrong[0]}', which does not exist; seams: {', '.join(SEAMS)}")

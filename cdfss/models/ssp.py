@@ -80,7 +80,7 @@ class SSP(Segmenter):
         fp1, bp1 = .5 * fp + .5 * ssfp, .3 * _spread(ssbp) + .7 * asbp
         second = cosine_scores(f, fp1, bp1)
         out = dict(scores=second, support_scores=first, matched=second, fg_prototype=fp, bg_prototype=bp,
-                   self_fg_prototype=ssfp, self_bg_prototype=bp1.mean((2, 3)))
+                   self_fg_prototype=ssfp, self_bg_prototype=bp1.mean((2, 3)), matched_background=bp1)
         if o.refine:
             ssfp2, ssbp2, asbp2 = self_support(f, second, o, like)
             fp2 = .5 * fp + .2 * fp1 + .3 * (.5 * fp + .5 * ssfp2)
