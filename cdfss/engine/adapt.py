@@ -52,7 +52,7 @@ def adapting(segmenter:Segmenter):
     "The segmenter in its `adapt` phase, in eval mode."
     segmenter.eval().adapting = True
     try: yield segmenter
-    finally: segmenter.adapting = False
+    finally: segmenter.adapting, segmenter.turn = False, 0
 
 OPTIMIZERS = dict(adam=lambda p, t: torch.optim.Adam(p, lr=t.lr), sgd=lambda p, t: torch.optim.SGD(p, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay))
 
@@ -74,6 +74,7 @@ def tune(segmenter:Segmenter, episode:Episode, plan:Tuning, stages:dict[str, Ten
         optimizer, losses = OPTIMIZERS[plan.optimizer](list(values.values()), plan), []
         first = lambda d: d and {n: v[0] for n, v in d.items()}
         for step in range(plan.steps):
+            segmenter.turn = step
             if ids is None: each = torch.vmap(loss, randomness='error')(values, given, extras, stages)
             else:
                 torch.manual_seed(mix_seed('adapt', *ids, step))

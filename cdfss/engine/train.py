@@ -50,7 +50,7 @@ class RunOptions(Options):
     nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
     test_seed:int          = option(0, "seed of the test episodes; equal for all runs that are compared", low=0, high=2**32 - 1)
-    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 40 for methods that adapt)", low=1)
+    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 24 for methods that adapt)", low=1)
     track:str              = option('all', "epochs at which targets are followed: all, none, or numbers, e.g. 1,3,6")
     track_episodes:int     = option(120, "1-shot episodes a data set when following", low=1)
     compare:bool           = option(True, "also score the same weights without the modules that act at test time")
@@ -80,7 +80,7 @@ def _left_open(name:str) -> str:
     special = [f"{', '.join(bases)}: {text}" for text, bases in by_text.items() if text != plain]
     return '; '.join([plain, *special]) if special or name in SCALES['real'] else ''
 
-ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 40
+ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 24
 
 def _settings() -> type[Options]:
     "RunOptions, FitOptions, AdaptOptions, BackboneOptions and all method options as one flat class."

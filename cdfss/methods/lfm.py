@@ -34,7 +34,7 @@ def mask_frequencies(x:Float[Tensor, "*n c h w"], amplitude:Float[Tensor, "m row
     return x + torch.fft.irfft2(z * change, s=x.shape[-2:]).to(x.dtype)
 
 # %% ../../nbs/methods/22_lfm.ipynb #c9e37ece
-def mask_frequencies_reference(x:Float[Tensor, "*n c h w"], amplitude:Float[Tensor, "m h w"], phase:Float[Tensor, "m h w"]) -> Float[Tensor, "*n c h w"]:
+def mask_frequencies_reference(x:Float[Tensor, "*n c h w"], amplitude:Float[Tensor, "m rows columns"], phase:Float[Tensor, "m rows columns"]) -> Float[Tensor, "*n c h w"]:
     "The mask of LFM's published code (lfm.md, APM): sigmoid gains on the whole plane, shifted along all axes."
     if amplitude.shape[-2:] != x.shape[-2:]:
         raise InputError(f"grid={amplitude.shape[-1]}: the reference masks need the map's own size, {x.shape[-2]}x{x.shape[-1]}; set it, or reference=False")

@@ -55,6 +55,7 @@ class Segmenter(nn.Module):
     `modules` are the remedies of the papers, called at their seams in the phases they name."""
     reads: tuple[str, ...] = ()
     tuning: Tuning|None = None               # of a base that adapts by itself
+    rehearsal_shots: int|None = None         # supports shown at once in a rehearsal, in turn from step to step; None: all the others
     attends: bool = False                    # has attention blocks, and so the `attend` seam
     Options: type[Options] = Options
 
@@ -71,7 +72,7 @@ class Segmenter(nn.Module):
         self.tuning = next((m.tuning for m in self.extras if 'adapt' in m.phases), self.tuning)
         self.options = options or self.Options()
         self.reads = (backbone.names[-1],)
-        self.adapting = False
+        self.adapting, self.turn = False, 0
 
     @property
     def phase(self) -> str: return 'adapt' if self.adapting else 'fit' if self.training else 'test'
@@ -172,7 +173,8 @@ class Segmenter(nn.Module):
         `stages` holds the supports' features where they are known; the query of the episode is not looked at."""
         b, k = episode.support.shape[:2]
         if stages is None: stages = {n: f.unflatten(0, (b, k)) for n, f in self.encode(episode.support.flatten(0, 1), queries=0).items()}
-        shown = torch.tensor([[j for j in range(k) if j != i] or [i] for i in range(k)], device=episode.support.device)
+        rest = [[j for j in range(k) if j != i] or [i] for i in range(k)]
+        shown = torch.tensor([[r[(self.turn + t) % len(r)] for t in range(min(len(r), self.rehearsal_shots or k))] for r in rest], device=episode.support.device)
         others = lambda t: t[:, shown].flatten(0, 1)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
         target = torch.where(fg > 0, 1, torch.where(bg > 0, 0, IGNORE)).flatten(0, 1)
