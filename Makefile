@@ -12,7 +12,7 @@ export UV_NATIVE_TLS   := 1
 # waiting threads that spin slow each other down many times over when other work shares the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test study export clean-notebooks lock wheel
+.PHONY: setup train test browser study figures export clean-notebooks lock wheel
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -27,7 +27,12 @@ train: setup
 	@mkdir -p runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/train.ipynb "runs/train-$(METHOD).ipynb" -p method "$(METHOD)" $(ARGS) --log-output --no-progress-bar
 
-test: setup
+# the explorer is tested in a real browser, Debian's; without it that one test is skipped
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium for the browser test" \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || echo "no chromium here, and no way to install it"
+
+test: setup browser
 	source $(BIN)/activate && nbdev_export && git diff --exit-code -- cdfss && lint-imports && OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && pytest
 
 export: setup
@@ -42,7 +47,12 @@ lock:
 wheel: setup
 	$(BIN)/python -m build --wheel
 
-# the phenomenon over seeds on the miniature: about 20 minutes on two cores, resumable
+# the grid of runs on the miniature behind the figures, and the diagnostics of each; resumable
 study: setup
 	@mkdir -p runs
-	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/phenomenon.ipynb runs/phenomenon.ipynb --log-output --no-progress-bar
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/study.ipynb runs/study.ipynb $(ARGS) --log-output --no-progress-bar
+
+# figures/ and the verdicts on the papers' claims, from the study's records alone
+figures: setup
+	@mkdir -p runs
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/figures.ipynb runs/figures.ipynb $(ARGS) --log-output --no-progress-bar

@@ -1,0 +1,67 @@
+"Subjects, what is kept beside a run, and the diagnose notebook as a user starts it."
+import json, shutil, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest
+from cdfss.basics import InputError
+from cdfss.diagnostics import diagnosis
+from cdfss.diagnostics.subject import open_subject
+from cdfss.engine.runs import Run
+from cdfss.engine.train import TrainSettings, train
+
+SMALL = dict(targets='isic', shots='1', test_episodes=20, track_episodes=8)
+
+@pytest.fixture(scope='module')
+def run(miniature, tmp_path_factory) -> Run:
+    return train(TrainSettings(method='lcm', data_root=str(miniature), size=96, backbone='miniature', epochs=1, fit_episodes=8, samples=0,
+                               runs=str(tmp_path_factory.mktemp('runs')), **SMALL), say=lambda line: None)
+
+def test_a_run_is_opened_as_it_was(run):
+    subject = open_subject(run.path)
+    assert subject.name == run.path.name and subject.settings.method == 'ssp+lcm' and not subject.segmenter.training
+    assert {f'{t}-{k}shot': m.hash for (t, k), m in subject.manifests.items()} == run.metrics['manifests']
+    own, before = (next(s.backbone.parameters()).detach() for s in (subject.segmenter, subject.pretrained()))
+    assert not own.equal(before) and subject.start == 'auto'
+
+def test_the_unseen_episodes_are_the_others(run):
+    subject = open_subject(run.path)
+    seen, rest = subject.targets['isic'][1], diagnosis.unseen(subject, 'isic')
+    assert len(seen) == 8 and len(rest) == 12 and not set(seen.ids) & set(rest.ids)
+    subject.targets['isic'] = (subject.targets['isic'][0], subject.manifests['isic', 1])
+    with pytest.raises(InputError, match='looks at all 20 test episodes'): diagnosis.unseen(subject, 'isic')
+
+def test_what_was_computed_is_kept_until_the_question_or_the_code_changes(run, monkeypatch):
+    import cdfss.diagnostics.errors as errors
+    calls, real = [], errors.study
+    def study(*args, **kw):
+        calls.append(kw['episodes'])
+        return real(*args, **kw, draws=20)
+    monkeypatch.setattr(errors, 'study', study)
+    subject = open_subject(run.path)
+    first, again = (diagnosis.diagnose(subject, 'errors', episodes=4) for _ in range(2))
+    assert calls == [4] and all(first[k].equals(again[k]) for k in first) and set(first) == set(again)
+    diagnosis.diagnose(run, 'errors', episodes=4)                          # not even opened
+    diagnosis.diagnose(subject, 'errors', episodes=6)
+    monkeypatch.setattr(diagnosis, 'file_hash', lambda path: 'changed')
+    diagnosis.diagnose(subject, 'errors', episodes=6)
+    assert calls == [4, 6, 6]
+    with pytest.raises(InputError, match="unknown diagnostic 'error': did you mean 'errors'"): diagnosis.diagnose(run, 'error')
+
+def test_a_suggestion_is_tried(run):
+    subject = open_subject(run.path)
+    on = diagnosis.try_suggestion(subject, diagnosis.Reading('', 'ssp', {}), 'weights')
+    assert 'on the same weights' in on.text and list(on.table.columns[:3]) == ['target', 'ssp+lcm', 'ssp'] and on.table['low'][0] <= on.table['difference'][0]
+    assert 'allow it with trial=train' in diagnosis.try_suggestion(subject, diagnosis.Reading('', 'ssp+lem+lcm', {})).text              # own data: no training unasked
+    trained = diagnosis.try_suggestion(subject, diagnosis.Reading('', 'ssp+lem+lcm', {}), 'train')
+    assert 'One seed of training' in trained.text and any(p.name.startswith('ssp+lem+lcm-') for p in run.path.parent.iterdir())
+
+papermill = shutil.which('papermill', path=str(Path(sys.executable).parent))
+
+@pytest.mark.slow
+def test_the_notebook(repo, run, tmp_path):
+    given = [str(v) for k, v in dict(diagnostic='errors', run=run.path, episodes=6, trial='none').items() for v in ('-p', k, v)]
+    done = subprocess.run([papermill, str(repo/'nbs'/'diagnose.ipynb'), 'out.ipynb', *given], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [o for c in json.loads((tmp_path/'out.ipynb').read_text())['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    text = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    assert any('image/png' in o.get('data', {}) for o in outputs) and '**errors.** The answers are' in text and 'Suggested' in text
+    assert diagnosis.kept(run, 'errors')['errors']['target'].unique().tolist() == ['voc', 'isic']

@@ -1,0 +1,71 @@
+"Figures from the records of a made-up study: all are drawn, the same bytes come twice, what lacks records is left out in words."
+import json
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt, pandas as pd, pytest
+from cdfss.basics import InputError
+from cdfss.report.figures import FIGURES, Study, make, over_seeds
+from studies import made_up
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory): return made_up(tmp_path_factory.mktemp('runs'))
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
+@pytest.fixture(scope='module')
+def drawn(study, tmp_path_factory):
+    "Two folders into which everything was drawn, from records read anew each time, and what was said."
+    folders, said = [tmp_path_factory.mktemp('figures') for _ in range(2)], []
+    for f in folders: make(Study.read(study.runs[0].path.parent), f, say=said.append)
+    return folders, said
+
+def test_every_figure_is_drawn_with_its_numbers_and_runs(drawn):
+    (folder, _), said = drawn
+    assert not [s for s in said if 'left out' in s]
+    for name in FIGURES:
+        for kind in ('png', 'svg', 'csv'): assert (folder/f'{name}.{kind}').stat().st_size > 100, f'{name}.{kind}'
+        runs = (folder/f'{name}_runs.txt').read_text()
+        assert runs.startswith('runs: ssp+') and 'commit 01234567' in runs and 'Protocol patnet' in runs
+
+def test_the_same_records_give_the_same_bytes(drawn):
+    (a, b), _ = drawn
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir()) and len(names) > 4*len(FIGURES)
+    assert not [n for n in names if (a/n).read_bytes() != (b/n).read_bytes()]
+
+def test_the_numbers_are_those_of_the_records(drawn):
+    (folder, _), _ = drawn
+    read = lambda name: pd.read_csv(folder/f'{name}.csv')
+    s = read('sharpness').set_index(['trained', 'target', 'stage'])
+    assert s.loc[('ssp', 'isic', 'stem'), 'value'] == pytest.approx(6, abs=.5) and s.loc[('ssp+lem', 'isic', 'stem'), 'value'] == pytest.approx(5, abs=.5)
+    assert (s['seeds'] == 2).all() and (s['low'] < s['value']).all() and (s['strength'] == .2).all()
+    a = read('ablation').set_index(['method', 'target'])['value']
+    assert a['ssp+lem+lcm', 'mean'] - a['ssp+lem', 'mean'] == pytest.approx(3, abs=1.5)
+    assert set(read('cka')['trained']) == {'pretrained', 'ssp', 'ssp+lem'} and len(read('frequency')) == 4*2*9
+    f = read('freezing')
+    assert f[(f['freeze'] == 'stem+stage1') & (f['target'] == 'isic')]['change'].iloc[0] == pytest.approx(4, abs=1.5)
+    assert set(read('predictions')['method']) == {'ssp', 'ssp+lcm'}
+
+def test_what_has_no_records_is_left_out_in_words(tmp_path):
+    study, said = made_up(tmp_path/'runs', seeds=(0,)), []
+    for p in (tmp_path/'runs').glob('*/diagnostics/*/cka/how.json'): p.unlink()
+    made = make(study, tmp_path/'figures', ('cka', 'ablation'), said.append)
+    assert list(made) == ['ablation'] and 'cka: left out' in said[0] and 'make study' in said[0] and not (tmp_path/'figures'/'cka.png').exists()
+    with pytest.raises(InputError, match="unknown figure 'ablatoin': did you mean 'ablation'"): make(study, tmp_path/'figures', ('ablatoin',))
+
+def test_a_study_must_be_there_and_finished(tmp_path):
+    with pytest.raises(InputError, match='no study there: run `make study`'): Study.read(tmp_path)
+    study = made_up(tmp_path, seeds=(0,))
+    assert [r.path.name for r in Study.read(tmp_path).runs] == json.loads((tmp_path/'study.json').read_text())['runs']
+    (study.runs[1].path/'metrics.json').unlink()
+    with pytest.raises(InputError, match='no metrics.json'): Study.read(tmp_path)
+    with pytest.raises(InputError, match='without runs'): Study([])
+
+def test_over_seeds_has_no_invented_interval():
+    frame = pd.DataFrame(dict(target=['a', 'a', 'b'], seed=[0, 1, 0], v=[1., 3., 5.]))
+    a, b = over_seeds(frame, 'v', ['target']).to_dict('records')
+    assert (a['value'], a['seeds']) == (2, 2) and a['low'] < 1 and a['high'] > 3
+    assert b['value'] == 5 and pd.isna(b['low']) and pd.isna(b['high'])
