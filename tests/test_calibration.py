@@ -25,11 +25,12 @@ def test_the_decision_is_the_modules(patch, rule):
     g = torch.Generator().manual_seed(patch)
     coarse, low = torch.randn(2, 2, 7, 8, generator=g).double(), torch.rand(2, 5, 14, 16, generator=g).double()
     s, size = segmenter('ssp'), (56, 64)
+    nothing = torch.zeros(2, 1, *size)
     sums, means = corrections(s, coarse, low, 5, patch, size)
     margin = s.upsample(coarse, size); margin = margin[:, 1] - margin[:, 0]
     for k in (1, 3, 5):
         o = LCMOptions(k=k, w=.6, beta=.7, patch=patch, beta_rule=rule)
-        out = s.upsample(LCM(o).scores(coarse, Match({'stem': low}, {}, None, None)), size)
+        out = s.upsample(LCM(o).scores(coarse, Match({'stem': low}, {}, nothing, nothing)), size)
         limit = .6*k*.7 if rule == 'fixed' else .6*means[:, k - 1][:, None, None]
         assert torch.allclose(out[:, 1] - out[:, 0], margin + .6*sums[:, k - 1] - limit, atol=1e-10)
 

@@ -8,6 +8,7 @@ from cdfss.data.layouts import open_dataset
 from cdfss.data.manifests import draw
 from cdfss.diagnostics.frequency import (BANDS, COMBINATIONS, BandPass, band_filter, channel_pairs, channel_study, combinations, correlations, distinct, filtered_episodes,
                                          filters, mutual_information, phase_differences, relation, spearman, study)
+from cdfss.engine.adapt import AdaptOptions, Tuner
 from cdfss.engine.evaluate import evaluate
 from cdfss.methods.seams import Module
 from episodes import segmenter
@@ -161,10 +162,11 @@ def test_study_of_both_levels(isic):
 
 def test_a_recipe_that_adapts_is_measured_after_tuning(isic):
     s = segmenter('ssp+apm_m')
+    tuner = Tuner(AdaptOptions(adapt_steps=3, adapt_lr=.1))
     t = combinations(filtered_episodes(s, *isic, levels=('feature',), cutoffs=(.3,)), draws=20)
     assert t.miou.iloc[0] == combinations(filtered_episodes(segmenter('ssp'), *isic, levels=('feature',), cutoffs=(.3,)), draws=20).miou.iloc[0]     # filters are tried without it
-    frames = channel_study(s, *isic, {'plain': [], 'recipe': list(s.extras)}, pairs=4, draws=20)
-    tuned = evaluate({'m': s}, *isic, epoch=0)
+    frames = channel_study(s, *isic, {'plain': [], 'recipe': list(s.extras)}, pairs=4, draws=20, tuner=tuner)
+    tuned = evaluate({'m': s}, *isic, epoch=0, tuner=tuner)
     at = frames['episodes'].set_index('condition')
     assert np.allclose(at.iou['recipe'], 100*tuned.tp/(tuned.tp + tuned.fp + tuned.fn)) and (at.correlation['recipe'].to_numpy() != at.correlation['plain'].to_numpy()).all()
     assert (s.extras[0].amplitude == 0).all()                                              # the segmenter itself stays as it was

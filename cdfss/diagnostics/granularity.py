@@ -55,8 +55,9 @@ MEASURES = ('consistency', 'distinction', 'margin', 'ceiling')
 @torch.inference_mode()
 def granularity(segmenter:Segmenter, store:ImageStore, manifest:Manifest, *, scales:Iterable[int]=(5, 10, 15, 20), kinds:Iterable[str]=('slic', 'grid'), stage:str|None=None,
                 draws:int=1000) -> pd.DataFrame:
-    """Per kind of regions and scale: the measures, each with `_low` and `_high` (95 % bootstrap over episodes), and the number of regions that an image really has.
-    The rows of kind `cell` have a region for each feature position. `stage` None is the last that is compared."""
+    """Per kind of regions and scale: the measures, each with `_low` and `_high` (95 % bootstrap over episodes), the mean number of regions that a query really has,
+    and `missing`, the share of episodes in which a class has no region of its own: they are left out, and are those of small objects. The rows of kind `cell`
+    have a region for each feature position. `stage` None is the last that is compared."""
     stage = stage or segmenter.reads[-1]
     known, found, counted = {}, {}, {}
     for numbers, match, target, void in matches(segmenter, store, manifest, stages=(stage,)):
@@ -73,8 +74,9 @@ def granularity(segmenter:Segmenter, store:ImageStore, manifest:Manifest, *, sca
                 counted.setdefault((kind, n), []).append(len(query[1]))
     rows = []
     for (kind, n), values in found.items():
-        spans = zip(MEASURES, np.array(values).T)
-        rows.append(dict(target=manifest.dataset, stage=stage, kind=kind, scale=n, regions=np.mean(counted[kind, n]))
+        columns = np.array(values).T
+        spans = zip(MEASURES, columns)
+        rows.append(dict(target=manifest.dataset, stage=stage, kind=kind, scale=n, regions=np.mean(counted[kind, n]), missing=np.isnan(columns[0]).mean())
                     | {f'{m}{end}': v for m, column in spans for end, v in zip(('', '_low', '_high'), mean_interval(column, draws))})
     return pd.DataFrame(rows)
 

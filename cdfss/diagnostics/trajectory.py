@@ -80,7 +80,7 @@ def _crossed(tp, union, cls, a:Float[np.ndarray, "d n"], b:Float[np.ndarray, "d 
 
 def fair_falls(frame:pd.DataFrame, splits:int=50, draws:int=500, seed:int=0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """From `followed`: per method and data set the fall with the peak chosen on other episodes and other seeds (percent points), and the epoch chosen most often;
-    and the fall of each seed. 95 % t-interval over seeds; with one seed a bootstrap over episodes."""
+    and the fall of each seed. 95 % t-interval over seeds (approximate, since the seeds choose for each other); with one seed a bootstrap over episodes."""
     rows, each = [], []
     for (target, method), f in frame.groupby(['target', 'method'], sort=False):
         tp, union, cls, seeds, epochs = _counts(f)
