@@ -13,7 +13,7 @@ import pandas as pd
 import cdfss
 from ..basics import Options
 from ..data.images import ImageStore
-from ..diagnostics.trajectory import label, peaks, trajectories, trajectory_frame            # peaks and trajectories: for study notebooks
+from ..diagnostics.trajectory import label, trajectory_frame
 from ..engine.metrics import paired_bootstrap
 from ..engine.protocols import audit
 from ..engine.runs import Run
