@@ -70,23 +70,25 @@ def _iou(mask:Tensor, truth:Tensor, ignore:Tensor) -> float:
     return 100*tp/max(tp + fp + fn, 1)
 
 class Explorer:
-    "Looks at the test episodes of a subject. It takes the segmenter over: LCM is put in, neutral where the recipe has none."
+    """Looks at the test episodes of a subject: LCM is put in, neutral where the recipe has none. Modules that adapt to a task are shown as they are before,
+    and modules that act on images or stages at test are not applied."""
     def __init__(self, subject:Subject):
         self.subject, self.segmenter = subject, subject.segmenter
         self.others = [m for m in self.segmenter.extras if not isinstance(m, LCM)]
         self.lcm = next((m.options for m in self.segmenter.extras if isinstance(m, LCM)), LCMOptions(w=0.))
-        self.stages = self.segmenter.backbone.names
-        self.features = {t: FeatureStore(self.segmenter, store, self.stages) for t, (store, _) in subject.targets.items()}
+        net = self.segmenter.backbone
+        self.stages, self.read = net.names, tuple(n for n in net.outputs if n in {*net.names, *self.segmenter.needed})
+        self.features = {t: FeatureStore(self.segmenter, store, self.read) for t, (store, _) in subject.targets.items()}
 
     def _changed(self, match:Match, images:Tensor, dials:Dials) -> Match:
         "The match under the dials: stages computed again from the first that differs."
         net, strength = self.segmenter.backbone, {s: dials.noise.get(s, 0) for s in self.stages}
         after = lambda name, x: noisy(x, strength[name])
-        stages = {s: torch.cat([match.query[s], match.support[s][0]]) for s in self.stages}
+        stages = {s: torch.cat([match.query[s], match.support[s][0]]) for s in self.read}
         if (dials.amplitude, dials.phase) != ('all', 'all'):
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (net.mean, net.std))
-            stages = net((band_filter(images/255, dials.amplitude, dials.phase, dials.cutoff) - mean)/std, after=after)
-        elif first := next((s for s in self.stages if strength[s]), None): stages |= net(after(first, stages[first]), start=first, after=after)
+            stages = net((band_filter(images/255, dials.amplitude, dials.phase, dials.cutoff) - mean)/std, after=after, blocks=self.read)
+        elif first := next((s for s in self.stages if strength[s]), None): stages |= net(after(first, stages[first]), start=first, after=after, blocks=self.read)
         if dials.apm != 1:
             mask = apm_mask(dials.apm, dials.cutoff)
             stages |= {s: mask_frequencies(stages[s], mask, torch.zeros_like(mask)) for s in self.segmenter.reads}
@@ -96,7 +98,7 @@ class Explorer:
     def look(self, target:str, shot:int=1, episode:int=0, dials:Dials=Dials()) -> View:
         "An episode of the test manifest under the dials, beside the recipe's own answer."
         store, (q, supports, c) = self.subject.targets[target][0], self.subject.manifests[target, shot].episodes[episode]
-        match, truth, void = stored_match(self.features[target], store, [(q, supports, c)], 'cpu')
+        match, truth, void = stored_match(self.features[target], store, [(q, supports, c)], 'cpu', self.segmenter.extras_needed)
         images, size, segmenter = torch.stack([store.image(p) for p in (q, *supports)]), truth.shape[-2:], self.segmenter
         changed, lcm = self._changed(match, images, dials), LCM(dials.lcm or self.lcm)
         with plugged(segmenter, [*self.others, LCM(self.lcm)]): before = segmenter.decide(match, size)

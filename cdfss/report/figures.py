@@ -135,8 +135,9 @@ def lines(frame:pd.DataFrame, x:str, xlabel:str, ylabel:str) -> Figure:
 @FIGURES.register('trajectory')
 def trajectory(study:Study) -> Drawing:
     frames = study.trajectory
-    final = report.results_over(study.runs)
-    return Drawing(plots.trajectory(frames['trajectory']), frames['trajectory'], study.runs, dict(falls=frames['falls'], remedies=frames['remedies'], final=final.reset_index()))
+    final, f = report.results_over(study.runs), frames['trajectory']
+    shown = f[~(f['method'].str.contains('frozen') & f['method'].str.contains('lcm', regex=False))]             # one remedy at a time
+    return Drawing(plots.trajectory(shown), f, study.runs, dict(falls=frames['falls'], remedies=frames['remedies'], final=final.reset_index()))
 
 @FIGURES.register('sharpness')
 def sharpness(study:Study) -> Drawing:
