@@ -42,11 +42,12 @@ def _accepts(value, kind) -> bool:
 def _kind_name(kind) -> str: return str(kind) if isinstance(kind, types.UnionType) else kind.__name__
 
 def check_option(field:dataclasses.Field, value, prefix:str='') -> Any:
-    """The value of one option, checked for type, choices and bounds; a number is accepted where text is expected
-    (a shell passes `-p shots 1` as a number). Raises `InputError`."""
+    """The value of one option, checked for type, choices and bounds; a number is accepted where text is expected, and the words true and false
+    where a bool is (a shell passes `-p shots 1` as a number, `-p refine true` as text). Raises `InputError`."""
     name, m = prefix + field.name, field.metadata
     takes_text = field.type is str or (isinstance(field.type, types.UnionType) and str in typing.get_args(field.type))
     if takes_text and isinstance(value, (int, float)) and not isinstance(value, bool): value = str(value)
+    if field.type is bool and value in ('true', 'false'): value = value == 'true'
     if not _accepts(value, field.type):
         raise InputError(f"{name}={value!r} is {type(value).__name__}, expected {_kind_name(field.type)} (default {field.default!r})")
     if isinstance(value, float) and not math.isfinite(value): raise InputError(f"{name}={value}: expected a finite number")

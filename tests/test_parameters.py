@@ -55,7 +55,7 @@ def test_the_parameters_cell_says_the_defaults():
     (dict(lr='1e-3'), "lr='1e-3' is str"),
     (dict(seed=2**32), 'seed=4294967296: expected at most 4294967295'),
     (dict(size=16), 'size=16: expected at least 32'),
-    (dict(compare='true'), "compare='true' is str, expected bool (default True)"),
+    (dict(compare='yes'), "compare='yes' is str, expected bool (default True)"),
     (dict(compare=1), 'compare=1 is int, expected bool'),
     (dict(last_relu='False'), "last_relu='False' is str, expected bool"),
     (dict(method=['lcm']), "method=['lcm'] is list, expected str"),

@@ -445,6 +445,8 @@ class PrepareSettings(Options):
     grid: int             = option(GRID, "DeepGlobe: patches a side", low=1, high=10)
     rarest: float         = option(RAREST, "DeepGlobe: least share of a patch's rarest colour", low=0, high=1)
     kind: str             = option('binary', "COCO: which masks", choices=COCO_KINDS)
+    superpixels: bool     = option(False, "also make the superpixels of all data sets in data_root (HSL), so that training need not")
+    size: int | None      = option(None, "superpixels: the resolution that training will use (None: 96 on the miniature, 400 on real data)", low=32)
 
 def bar(title: str) -> Callable[[int, int], None]:
     "A `progress(done, total)` that draws a bar with the time left on one line, twice a second at most."
