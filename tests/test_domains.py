@@ -90,4 +90,5 @@ def test_mean_interval_covers():
     rng = np.random.default_rng(0)
     inside = [low <= 0 <= high for _, low, high in (mean_interval(rng.normal(size=40), 300, seed=k) for k in range(300))]
     assert .9 < np.mean(inside) < .98
-    assert all(np.isnan(v) for v in mean_interval(np.full(3, np.nan)))
+    assert all(np.isnan(v) for values in (np.full(3, np.nan), np.zeros(0)) for v in mean_interval(values))
+    assert all(v.shape == (2,) and np.isnan(v).all() for v in mean_interval(np.full((3, 2), np.nan)))

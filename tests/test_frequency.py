@@ -155,6 +155,12 @@ def test_relation_reads_a_planted_one_and_none():
     said = [relation(table(0.), draws=200).reading[0] for _ in range(20)]
     assert said.count('cannot tell') >= 16
 
+def test_a_condition_without_any_correlation_cannot_tell():
+    "A filter that leaves a constant in every channel: nothing correlates, and nothing falls over."
+    both = pd.DataFrame(dict(target='t', index=np.arange(9), condition='plain', correlation=.5, iou=40.))
+    row = relation(pd.concat([both, both.assign(condition='constant', correlation=np.nan, iou=30.)]), draws=20).iloc[0]
+    assert row.reading == 'cannot tell' and row.episodes == 0 and np.isnan(row.rise)
+
 def test_study_of_both_levels(isic):
     frames = study(segmenter('ssp'), isic, {'chest': isic}, episodes=4, cutoffs=(.3,), pairs=4, draws=20, seed=2)
     assert set(frames) == {'combinations', 'cdf', 'information', 'magnitude', 'phases', 'episodes', 'relation'}

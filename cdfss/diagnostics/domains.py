@@ -88,6 +88,6 @@ def middle(drawn:Float[np.ndarray, "draws *curve"], level:float=.95) -> tuple:
 def mean_interval(values:Float[np.ndarray, "n *curve"], draws:int=1000, seed:int=0) -> tuple:
     "(mean, low, high) of a value, or a curve, per episode; episodes without a value (NaN) are left out, and without any the three are NaN."
     v = np.asarray(values, float)
-    v = v[~np.isnan(v.reshape(len(v), -1)).any(1)]
+    v = v[~np.isnan(v).any(tuple(range(1, v.ndim)))]
     if not len(v): return (np.full(v.shape[1:], np.nan)[()],)*3
     return v.mean(0), *middle(np.tensordot(resamples(np.zeros(len(v), int), draws, seed), v, 1)/len(v))
