@@ -16,7 +16,7 @@ from ..basics import InputError, unknown
 from ..data.images import ImageStore
 from ..data.manifests import Manifest
 from .activations import images_of, stages_of
-from .domains import Domain, domains
+from .domains import Domain, domains, stamp
 from ..models.segmenter import Segmenter
 
 # %% ../../nbs/diagnostics/42_cka.ipynb #66a06615
@@ -104,8 +104,8 @@ def cka_between(first:Segmenter, second:Segmenter|None, store:ImageStore, manife
         x, y = (None if net is None else layer_features(net, store, part.tolist(), layers, pool=pool, **how) for net in (first, second))
         s.add(x.values(), None if y is None else y.values())
     names, found = [(a, b) for a in x for b in y or x], zip(('cka', 'low', 'high'), (s.value(), *s.interval()))
-    return pd.DataFrame(names, columns=['a', 'b']).assign(**{k: v.flatten().cpu().numpy() for k, v in found}, kernel=kernel, pool=pool, images=len(at),
-                                                          batches=len(s.terms), target=manifest.dataset, seed=seed, manifest=manifest.hash[:8])
+    frame = pd.DataFrame(names, columns=['a', 'b']).assign(**{k: v.flatten().cpu().numpy() for k, v in found}, kernel=kernel, pool=pool, images=len(at))
+    return stamp(frame.assign(batches=len(s.terms), target=manifest.dataset), manifest, seed)
 
 def cka(segmenter:Segmenter, store:ImageStore, manifest:Manifest, **options) -> pd.DataFrame:
     "`cka_between` of a net with itself: every layer with every other."
@@ -120,7 +120,7 @@ def _channel_grams(x:Float[Tensor, "n c"], form:str) -> Float[Tensor, "c c"]:
 
 def _cosine(a:Tensor, b:Tensor) -> float: return ((a*b).sum()/(a.norm()*b.norm()).clamp(min=torch.finfo(a.dtype).tiny)).item()
 
-def channel_similarity(x:Float[Tensor, "n c"], y:Float[Tensor, "m c"], form:str='gram', *, shuffles:int=200, seed:int=0,
+def channel_similarity(x:Float[Tensor, "n c"], y:Float[Tensor, "m c"], form:str='gram', *, shuffles:int=100, seed:int=0,
                        level:float=.95) -> dict[str, float]:
     "Domain CKA of two sets of features, its interval, and the null of shuffled channels (`null`: mean; `null_high`: its `level` quantile)."
     a, b = _channel_grams(x, form), _channel_grams(y, form)
@@ -133,7 +133,7 @@ def channel_similarity(x:Float[Tensor, "n c"], y:Float[Tensor, "m c"], form:str=
     return dict(cka=value, low=value - half, high=value + half, null=float(np.mean(null)), null_high=float(np.quantile(null, level)))
 
 def domain_cka(segmenter:Segmenter, source:Domain, targets:dict[str, Domain], *, images:int=200,
-               layers:tuple[str, ...]|None=None, shuffles:int=200, seed:int=0, **how) -> pd.DataFrame:
+               layers:tuple[str, ...]|None=None, shuffles:int=100, seed:int=0, **how) -> pd.DataFrame:
     """A row per target, layer and form: domain CKA with the source, with interval and null (see `channel_similarity`). The rows of the source compare
     the halves of its images. `how` goes to `layer_features`."""
     look = lambda store, manifest: layer_features(segmenter, store, images_of(manifest, images, seed), layers, **how)

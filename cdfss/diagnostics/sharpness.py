@@ -18,7 +18,7 @@ from ..basics import InputError, mix_seed, unknown
 from ..data.images import ImageStore, to_input
 from ..data.manifests import Manifest
 from .activations import _over_images
-from .domains import Domain, device_of, domains
+from .domains import Domain, device_of, domains, stamp
 from ..engine.metrics import COUNTS, _class_miou, _resample, _rows, confusion
 from ..models.segmenter import IGNORE, Match, Segmenter
 
@@ -51,7 +51,7 @@ def _parts(f, x:Tensor|dict[str, Tensor], chunk:int) -> dict[str, Tensor]:
 def blocks(segmenter:Segmenter, store:ImageStore, manifest:Manifest, size:int, *, chunk:int=16) -> Iterator[Block]:
     """The manifest's episodes, `size` at a time, with every stage of their images. Raises `InputError` when the recipe changes images, stages or
     the backbone at test time: its stages belong to an episode, not to an image."""
-    if not segmenter.eval().shares_encoding: 
+    if not segmenter.eval().shares_encoding:
         raise InputError("sharpness: the recipe changes images, stages or the backbone per task at test time; take it without the module that does")
     backbone, device = segmenter.backbone, device_of(segmenter)
     for i in range(0, len(manifest), size):
@@ -176,7 +176,7 @@ def _ascent(segmenter, block, o, draws, adaptive:bool=False):
 
 KINDS = dict(feature=_feature, image=_image, weight=_weight, sam=_ascent, asam=partial(_ascent, adaptive=True))
 ASCENTS = ('sam', 'asam')
-STRENGTHS = dict(feature=(.05, .1, .2, .5), image=(.05, .1, .2, .5), weight=(.05, .1, .2, .5), sam=(.0005, .001, .002, .005), asam=(.02, .05, .1, .2))
+STRENGTHS = dict(feature=(.1, .2, .5, 1.), image=(.1, .2, .5, 1.), weight=(.1, .2, .5, 1.), sam=(.0005, .001, .002, .005), asam=(.02, .05, .1, .2))
 
 # %% ../../nbs/diagnostics/41_sharpness.ipynb #0d28beef
 @torch.no_grad()
@@ -242,7 +242,7 @@ def sharpness(segmenter:Segmenter, store:ImageStore, manifest:Manifest, kind:str
     clean = frame[frame['stage'] == '']
     rows = [dict(kind=kind, stage=stage, strength=r, **_fall(f, clean, resamples), draws=f['draw'].nunique())
             for (stage, r), f in frame[frame['stage'] != ''].groupby(['stage', 'strength'], sort=False)]
-    return pd.DataFrame(rows).assign(episodes=len(manifest), target=manifest.dataset, seed=seed, manifest=manifest.hash[:8])
+    return stamp(pd.DataFrame(rows).assign(target=manifest.dataset), manifest, seed)
 
 # %% ../../nbs/diagnostics/41_sharpness.ipynb #5498d03c
 @torch.no_grad()
@@ -254,8 +254,8 @@ def carried(segmenter:Segmenter, store:ImageStore, manifest:Manifest, *, draws:i
         moved = _carry(segmenter, b, o, range(draws))
         for s in o.stages: found.setdefault(s, {}).update(zip(b.keys, (_rms(moved[s])/_rms(b.clean[s]).clamp(min=1e-12)).flatten(1).mean(0).tolist()))
     rows = [(s, np.array(list(v.values()))) for s, v in found.items()]
-    return pd.DataFrame([dict(stage=s, carried=v.mean(), **dict(zip(('low', 'high'), _over_images(v))), images=len(v), draws=draws) for s, v in rows]
-                        ).assign(target=manifest.dataset, seed=seed, manifest=manifest.hash[:8])
+    frame = pd.DataFrame([dict(stage=s, carried=v.mean(), **dict(zip(('low', 'high'), _over_images(v))), images=len(v), draws=draws) for s, v in rows])
+    return stamp(frame.assign(target=manifest.dataset), manifest, seed)
 
 # %% ../../nbs/diagnostics/41_sharpness.ipynb #9a91ae09
 class _Scores(nn.Module):
