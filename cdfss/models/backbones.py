@@ -200,7 +200,7 @@ def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
             near = difflib.get_close_matches(name, [*NETS, *timm.list_models()], n=3)
             raise InputError(f"unknown backbone '{name}': " + (f"did you mean {' or '.join(near)}? " if near else '')
                              + f"choose a ResNet, VGG, MobileNet or EfficientNet of timm, or {', '.join(NETS)}")
-        extra = dict(num_classes=1001, pad_type='same') if name == 'mobilenetv2_100' and not hub else {}
+        extra = {} if hub else dict(num_classes=1001, pad_type='same') if name == 'mobilenetv2_100' else dict(mlp_ratio=1 / 4096) if name.startswith('vgg') else {}   # no 120 M of classifier
         try: net = timm.create_model(name, pretrained=hub, output_stride=o.output_stride, **extra)
         except (TypeError, AssertionError):
             raise InputError(f"backbone={name}: timm does not give it output_stride={o.output_stride}; a VGG has 32 only; else use a ResNet, MobileNet or EfficientNet") from None

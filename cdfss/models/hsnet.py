@@ -65,10 +65,10 @@ class CenterPivot(nn.Module):
 BLOCK = 2**21        # cosines at a time, 8 MB in float32: what the caches hold
 
 def box(alive:Bool[Tensor, "n"], stride:int, reach:int) -> tuple[int, int]:
-    "Start and end of the positions from which a strided convolution of reach `reach` gets anything, at multiples of the stride (or the grid's end)."
+    "Start and end, at multiples of the stride (or the grid's end), of the part that a strided convolution of reach `reach` needs: outside it, it sees zeros."
     at = alive.nonzero()
     first, last = (at[0].item(), at[-1].item()) if len(at) else (0, 0)
-    return first // stride * stride, min(len(alive), -(-(last + 1 + reach) // stride) * stride)
+    return max(0, min(first, -(-(first - reach) // stride) * stride) // stride * stride), min(len(alive), -(-(last + 1 + reach) // stride) * stride)
 
 def first_layer(conv:CenterPivot, query:Float[Tensor, "n l c hq wq"], support:Float[Tensor, "n l c hs ws"]) -> Float[Tensor, "n o hq wq hs2 ws2"]:
     "`conv(hypercorrelation(query, support))`, block by block and within the box of the support. Not differentiable."
