@@ -119,6 +119,15 @@ def small_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_targets_alone_where_nothing_is_drawn(small_cache):
+    targets = miniature.miniature_root(workers=1, source=False)
+    assert not list((targets / 'VOC2012').rglob('*.jpg')) and miniature.damage(targets) is None
+    whole = miniature.miniature_root(workers=1)
+    assert whole != targets and miniature.miniature_root(workers=1, source=False) == whole
+    film = next((targets / 'LungSegmentation/CXR_png').iterdir())
+    assert film.read_bytes() == (whole / film.relative_to(targets)).read_bytes()
+
+
 def test_damage_is_noticed_and_mended(small_cache, capsys):
     root = miniature.miniature_root(workers=1)
     hashes = miniature._hashes(root)

@@ -869,9 +869,12 @@ def damage(root: Path | str) -> str | None:
     return f"{name} {'is missing' if name not in found else 'is not in the manifest' if name not in files else 'has changed'}"
 
 
-def miniature_root(seed: int = 0, workers: int = 2) -> Path:
-    "The folder that holds the miniature data sets (use it as `data_root`): drawn once under `cache_dir()`, checked at every use, drawn again when damaged."
+def miniature_root(seed: int = 0, workers: int = 2, source: bool = True) -> Path:
+    """The folder that holds the miniature data sets (use it as `data_root`): drawn once under `cache_dir()`, checked at every use, drawn again when damaged.
+    With `source=False` the four targets are enough, and where nothing is drawn yet they alone are drawn, in a quarter of the time."""
     home = cache_dir() / f'miniature-v1-seed{seed}'
+    targets_only = not source and not home.exists()
+    if targets_only: home = home.with_name(f'{home.name}-targets')
     if home.exists():
         reason = damage(home)
         if reason is None: return home
@@ -880,7 +883,7 @@ def miniature_root(seed: int = 0, workers: int = 2) -> Path:
     fresh = Path(tempfile.mkdtemp(prefix=f'.{home.name}.', dir=home.parent))
     try:
         fresh.chmod(0o755)
-        make(fresh, seed, workers)
+        make(fresh, seed, workers, {'VOC2012': 0} if targets_only else None)
         if home.exists() and damage(home) is not None:                       # move the damaged one away; a good one came from a process beside us
             try: home.rename(fresh.with_suffix('.old'))
             except FileNotFoundError: pass
