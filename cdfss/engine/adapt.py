@@ -26,7 +26,7 @@ class AdaptOptions(Options):
     adapt_steps:int|None     = option(None, "steps a task; 0: do not adapt (None: the method's own, LFM 60)", low=0)
     adapt_lr:float|None      = option(None, "learning rate (None: the method's own for the data set, LFM chest 0.1, fss 1e-5, others 0.01)", low=0)
     adapt_optimizer:str|None = option(None, "adam or sgd (None: the method's own, LFM adam)", choices=('adam', 'sgd'))
-    adapt_batch:int          = option(0, "tasks tuned at once; 0: 16 at one shot and 1 at five, 1 for large images on a CPU", low=0)
+    adapt_batch:int          = option(0, "tasks tuned at once; 0: 16 at one shot and 3 at five, 1 for large images on a CPU", low=0)
     adapt_keep:bool          = option(False, "keep every task's tuned parameters in the run's folder, to be used again")
 
     def plan(self, tuning:Tuning, dataset:str) -> Tuning:
@@ -164,8 +164,8 @@ class Tuner:
         return segmenter.tuning is not None and self.options.plan(segmenter.tuning, "").steps > 0 and bool(segmenter.adaptable())
 
     def batch(self, size:int, shots:int, device:str) -> int:
-        "Tasks at once for images of this size: about 16 comparisons, of which a task of K supports has K(K-1)."
-        return self.options.adapt_batch or (max(1, 16 // max(1, shots * (shots - 1))) if device != 'cpu' or size <= 128 else 1)
+        "Tasks at once for images of this size: about 16 supports, or one task for large images on a CPU."
+        return self.options.adapt_batch or (max(1, 16 // shots) if device != 'cpu' or size <= 128 else 1)
 
     def _file(self, segmenter:Segmenter, store:ImageStore, positions, plan:Tuning) -> Path:
         items, h = store.dataset.items, hashlib.sha256()
@@ -182,7 +182,7 @@ class Tuner:
         if file and file.exists(): return load_file(file, device=device)
         def draw(step):
             seed = np.random.default_rng(mix_seed('pool step', store.dataset.name, shot, step))
-            tasks = pool if plan.pool == 'fixed' else [seed.choice(ps, shot, replace=False).tolist() for ps in store.dataset.by_class.values() if len(ps) >= shot]
+            tasks = pool if plan.pool == 'fixed' else [tuple(seed.choice(ps, shot, replace=False).tolist()) for ps in store.dataset.by_class.values() if len(ps) >= shot]
             order = [tasks[i] for i in seed.permutation(len(tasks))]
             size = POOL_BATCH if shot == 1 else POOL_BATCH // 2
             for i in range(0, len(order), size):
