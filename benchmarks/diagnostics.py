@@ -7,7 +7,7 @@ every stage and draw, batches of episodes), with the same noise, so that the los
     python benchmarks/diagnostics.py                                          everything, miniature's net for sharpness
     python benchmarks/diagnostics.py --backbone resnet50 --size 224 --episodes 8    a larger net, random weights
 """
-import argparse, json, resource, statistics, subprocess, sys, time, warnings
+import argparse, contextlib, io, json, resource, statistics, subprocess, sys, time, warnings
 import numpy as np
 import torch
 from cdfss.basics import mix_seed
@@ -44,7 +44,8 @@ def by_torch_cka(xs, ys):
     from torch_cka import CKA
     names = [f'layers.{i}' for i in range(len(xs))]
     compare = CKA(Replay(xs), Replay(ys), 'a', 'b', model1_layers=names, model2_layers=names)
-    compare.compare(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(len(xs[0]))), batch_size=len(xs[0])))
+    rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(len(xs[0]))), batch_size=len(xs[0]))
+    with contextlib.redirect_stderr(io.StringIO()): compare.compare(rows)
     return compare.export()['CKA']
 
 def by_pytorch_cka(xs, ys):

@@ -26,7 +26,7 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import Recipe, build, discover, method_options, parse_recipe, used_options
+from ..methods.seams import MODULES, Recipe, build, discover, method_options, parse_recipe, used_options
 from ..models.backbones import BackboneOptions, create_backbone, resolve_backbone
 from ..models.importers import IMPORTERS, load_official
 from ..models.segmenter import BASES, Segmenter
@@ -50,7 +50,7 @@ class RunOptions(Options):
     nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
     test_seed:int          = option(0, "seed of the test episodes; equal for all runs that are compared", low=0, high=2**32 - 1)
-    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 24 for methods that adapt)", low=1)
+    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 16 for methods that adapt to each task)", low=1)
     track:str              = option('all', "epochs at which targets are followed: all, none, or numbers, e.g. 1,3,6")
     track_episodes:int     = option(120, "1-shot episodes a data set when following", low=1)
     compare:bool           = option(True, "also score the same weights without the modules that act at test time")
@@ -80,7 +80,7 @@ def _left_open(name:str) -> str:
     special = [f"{', '.join(bases)}: {text}" for text, bases in by_text.items() if text != plain]
     return '; '.join([plain, *special]) if special or name in SCALES['real'] else ''
 
-ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 24
+ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 16
 
 def _settings() -> type[Options]:
     "RunOptions, FitOptions, AdaptOptions, BackboneOptions and all method options as one flat class."
@@ -127,7 +127,9 @@ def resolve(settings:Options) -> Options:
     if s.checkpoint: s = dataclasses.replace(s, **_checkpoint(s)[0])
     given = standing('miniature' if s.data_root is None else 'real', parse_recipe(s.method).base)
     s = dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
-    if s.data_root is None and s.test_episodes is None and parse_recipe(s.method).adapts: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
+    recipe = parse_recipe(s.method)
+    by_task = any(kind.tuning and kind.tuning.pool == 'task' for kind in (BASES[recipe.base], *(MODULES[m] for m in recipe.modules)))
+    if s.data_root is None and s.test_episodes is None and by_task: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
     s = dataclasses.replace(s, **resolve_backbone(part(s, BackboneOptions)).dict())
     if s.weights not in ('hub', 'none') and not Path(s.weights).is_file():
         raise InputError(f"weights={s.weights}: no such file; give a .safetensors or .pth file, hub or none")
