@@ -33,7 +33,7 @@ browser:
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || echo "no chromium here, and no way to install it"
 
 test: setup browser
-	source $(BIN)/activate && nbdev_export && git diff --exit-code -- cdfss && lint-imports && OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && pytest
+	source $(BIN)/activate && nbdev_export && git diff --exit-code -- cdfss && lint-imports && OMP_NUM_THREADS=1 nbdev_test --n_workers 2 && OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 export: setup
 	$(BIN)/nbdev_export
