@@ -3,6 +3,7 @@ import json, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
+from cdfss.report.leaderboard import read_board
 from cdfss.engine.runs import Run, parameters_cell
 from cdfss.engine.train import SECTIONS, TrainSettings
 
@@ -94,7 +95,8 @@ def commands(tmp_path_factory):
 def test_without_an_output_path(commands):
     folder, done = commands['plain']
     assert done.returncode == 0, done.stderr[-3000:]
-    [path] = (folder/'runs').iterdir()
+    [path] = [p for p in (folder/'runs').iterdir() if p.is_dir()]
+    assert path.name in set(read_board(folder/'runs'/'leaderboard.csv')['run'])
     run = Run(path)
     assert run.complete and path.name.startswith('ssp+lcm-') and not (path/'resume').exists()
     assert {'params.json', 'env.json', 'metrics.json', 'weights.safetensors', 'history.csv', 'episodes.parquet', 'samples.npz'} <= {p.name for p in path.iterdir()}
