@@ -70,5 +70,5 @@ def a_run(folder, method:str, freeze:str, seed:int, epochs:int=3) -> Run:
 def made_up(folder, seeds=(0, 1)) -> Study:
     grid = [('ssp+lcm', 'none'), ('ssp+lem+lcm', 'none'), ('ssp+lcm', 'stem'), ('ssp+lcm', 'stem+stage1')]
     study = Study([a_run(folder, m, f, s) for m, f in grid for s in seeds])
-    study.write(folder)
+    study.write("loec", folder)
     return study

@@ -20,13 +20,14 @@ NEAR = 'fss'
 
 @dataclass(frozen=True)
 class Claim:
-    "What a paper says (`says`, with the figure it gives), where (`source`), and `measure(study)`: values over seeds or (value, low, high), expected above `bound`."
+    "What a paper says (`says`, with the figure it gives), where (`source`), and `measure(study)`: values over seeds or (value, low, high), expected above `bound`, in the runs of a `plan` (`report/58_figures`)."
     paper: str
     says: str
     source: str
     unit: str
     measure: Callable
     bound: float = 0.
+    plan: str = 'loec'
 
 def verdict(low:float, high:float, bound:float=0.) -> str:
     "holds, does not hold or cannot tell, from the interval of a quantity that is claimed to lie above the bound."
@@ -128,7 +129,7 @@ CLAIMS = (
     Claim('LFM', 'removing frequencies of the images helps on a far target (up to +14, chest)', 'lfm.md, frequency study', _points, best_filter(far)),
     Claim('LFM', 'removing frequencies of the images harms on FSS-1000', 'lfm.md, frequency study', _points, lambda s: -best_filter(lambda s: [NEAR])(s)),
     Claim('LFM', 'mIoU rises where channel correlation falls', 'lfm.md, purpose', 'rank correlation', follows),
-    Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far)),
+    Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far), plan='lfm'),
     Claim('PAHNet', 'prototype predictions are conservative: precision above recall', 'pahnet.md, claims', _points, lean('prototype', -1)),
     Claim('PAHNet', 'affinity predictions are aggressive: recall above precision', 'pahnet.md, claims', _points, lean('affinity', 1)),
     Claim('HSL', 'DSR gains (+2.62)', 'hsl.md, ablation R50', _points, gain('ssp+dsr', 'ssp')),
@@ -147,7 +148,7 @@ def check(study:Study, claims:Iterable[Claim]=CLAIMS) -> pd.DataFrame:
         value = low = high = math.nan
         where = data
         try:
-            found = c.measure(study)
+            found = c.measure(study.part(c.plan))
             if isinstance(found, tuple): value, low, high = found
             elif len(found) > 1: (value, low, high), where = seed_interval(found), f'{data}, {len(found)} seeds'
             elif len(found): value, where = float(found.iloc[0]), f'{data}, one seed'
