@@ -1,11 +1,11 @@
 "Figures from the records of a made-up study: all are drawn, the same bytes come twice, what lacks records is left out in words."
 import importlib, inspect, json
-from types import SimpleNamespace
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt, pandas as pd, pytest
-from cdfss.basics import InputError
+from cdfss.basics import InputError, write_json
 from cdfss.diagnostics.diagnosis import QUESTIONS
+from cdfss.engine.runs import Run
 from cdfss.engine.train import TrainSettings
 from cdfss.report.figures import FIGURES, PLANS, Study, StudyOptions, make, over_seeds, run_study
 from studies import made_up
@@ -85,13 +85,16 @@ def test_over_seeds_has_no_invented_interval():
     assert b['value'] == 5 and pd.isna(b['low']) and pd.isna(b['high'])
 
 @pytest.mark.parametrize('name', sorted(PLANS))
-def test_a_plan_asks_for_runs_and_diagnostics_that_exist(name):
+def test_a_plan_asks_for_runs_and_diagnostics_that_exist(name, tmp_path):
     plan = PLANS[name](StudyOptions(seeds='0,1', epochs=1, runs='here'))
     made = [TrainSettings.make(s) for s in plan.runs]
     assert {m.seed for m in made} == {0, 1} and {m.epochs for m in made} == {1} and {m.runs for m in made} == {'here'}
-    asked = plan.inside(SimpleNamespace(params=dict(method=made[0].method, freeze=plan.runs[0].get('freeze', 'auto'))))
+    write_json(tmp_path/'params.json', dict(method=made[0].method, freeze=made[0].freeze))
+    asked = plan.inside(Run(tmp_path))
     assert asked and set(asked) <= set(QUESTIONS)
-    for n, options in asked.items(): assert set(options) <= set(inspect.signature(importlib.import_module(f'cdfss.diagnostics.{n}').study).parameters)
+    for n, options in asked.items():
+        known = inspect.signature(importlib.import_module(f'cdfss.diagnostics.{n}').study).parameters
+        assert set(options) <= set(known) or 'options' in known, n
 
 def test_a_study_follows_its_plan(monkeypatch, tmp_path):
     study, asked = made_up(tmp_path, seeds=(0,)), []
