@@ -168,7 +168,7 @@ def _by_name(study:Study, frame:pd.DataFrame) -> list[Run]:
     shown = set(frame['run'])
     return [r for r in study.runs if r.path.name in shown]
 
-@plots._house
+@plots.house
 def lines(frame:pd.DataFrame, x:str, xlabel:str, ylabel:str) -> Figure:
     "A panel per target with a line per `trained` over the words in `x`, in order of appearance: value, and low to high as a band."
     targets, names = in_order(frame['target']), list(dict.fromkeys(frame['trained']))
@@ -248,19 +248,18 @@ def correlation(study:Study) -> Drawing:
     return Drawing(studies.draw_correlation({'cdf': frame}), frame, _by_name(study, f), dict(relation=study.kept('frequency', 'relation')))
 
 # %% ../../nbs/report/58_figures.ipynb #733f3cb6
-@plots._house
+@plots.house
 def _grid(items:list[tuple], methods:list[str]) -> Figure:
     "Rows of support | query | a prediction per method, two items to a row."
     half, wide = -(-len(items)//2), 2 + len(methods)
     fig, axes = plt.subplots(half, 2*wide, figsize=(plots.WIDTH, .95*half + .5), squeeze=False)
     blocks = [row[k*wide:(k + 1)*wide] for k in (0, 1) for row in axes]
     for panels, (title, support, support_mask, query, truth, guesses) in zip(blocks, items):
-        plots._picture(panels[0], support); plots._tint(panels[0], support_mask, plots.ORANGE); plots._outline(panels[0], support_mask, plots.RED)
-        plots._picture(panels[1], query); plots._outline(panels[1], truth, plots.BLUE)
+        plots.picture(panels[0], plots.tinted(support, support_mask, plots.ORANGE)); plots.outline(panels[0], support_mask, plots.RED)
+        plots.picture(panels[1], query); plots.outline(panels[1], truth, plots.BLUE)
         panels[0].set_ylabel(title, fontsize=6.5)
         for ax, guess in zip(panels[2:], guesses):
-            plots._picture(ax, query)
-            for where, colour in ((truth & guess, plots.GREEN), (truth & ~guess, plots.BLUE), (guess & ~truth, plots.RED)): plots._tint(ax, where, colour, .6)
+            plots.picture(ax, plots.judged(query, truth, guess))
             ax.text(.03, .03, f'{100*(truth & guess).sum()/max((truth | guess).sum(), 1):.0f}', transform=ax.transAxes, fontsize=6.5, color='white', bbox=dict(color='black', pad=1, linewidth=0))
     for block in {id(b): b for b in (blocks[0], blocks[half])}.values() if len(items) > half else blocks[:1]:
         for ax, name in zip(block, ('support', 'query, truth', *methods)): ax.set_title(name, loc='center', fontsize=7)
