@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['NOT_HASHED', 'SCALES', 'ADAPT', 'ADAPTED_EPISODES', 'TrainSettings', 'SECTIONS', 'EvaluateSettings',
            'EVALUATE_SECTIONS', 'RunOptions', 'standing', 'evaluation', 'numbers', 'names', 'part', 'resolve',
-           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'beside', 'train', 'plug', 'load_segmenter']
+           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'beside', 'train', 'save_weights', 'plug',
+           'epochs_kept', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
 import contextlib, dataclasses, shutil, time
@@ -55,6 +56,7 @@ class RunOptions(Options):
     track_episodes:int     = option(120, "1-shot episodes a data set when following", low=1)
     compare:bool           = option(True, "also score the same weights without the modules that act at test time")
     samples:int            = option(3, "predictions kept a target, to be drawn", low=0)
+    keep_epochs:bool       = option(False, "keep the weights after each followed epoch too, so that diagnostics can look epoch by epoch")
     device:str             = option('auto', "auto, cpu, cuda")
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
@@ -247,7 +249,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
 # %% ../../nbs/engine/36_train.ipynb #c9f13945
 def open_run(s:Options, data:RunData) -> Run:
     "The folder of these settings on these data, whether it exists or not."
-    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED}
+    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED and (k != 'keep_epochs' or v)}
     weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
     ignored = method_options().keys() - set(used_options(s.method))
     if not parse_recipe(s.method).adapts: ignored |= set(ADAPT)
@@ -312,6 +314,10 @@ def train(settings:Options, data:RunData|None=None, on_epoch:Callable=lambda row
     with run.working(): _work(s, data, run, on_epoch, say)
     return run
 
+def save_weights(segmenter:Segmenter, path:Path) -> Path:
+    state = {k: v.contiguous() for k, v in segmenter.state_dict().items()}
+    return atomic_write(path, lambda p: save_file(state, p))
+
 def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     resume, begun = run.path/'resume', time.time()
     torch.manual_seed(0)
@@ -329,6 +335,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         "mIoU of source validation and targets after an epoch, if it is one of those to be followed."
         wanted = s.track == 'all' or s.track == 'none' and epoch == total or s.track not in ('all', 'none') and epoch in (0, total, *numbers(s.track, 'track'))
         row = {}
+        if wanted and s.keep_epochs: save_weights(segmenter, run.path/'epochs'/f'{epoch}.safetensors')
         for name, manifest in data.followed.items() if wanted else ():
             store = data.validation if name == s.source else data.targets[name]
             frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', **how)
@@ -356,8 +363,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
             add(row)
             t0 = time.time()
     segmenter.eval()
-    state = {k: v.contiguous() for k, v in segmenter.state_dict().items()}
-    atomic_write(run.path/'weights.safetensors', lambda p: save_file(state, p))
+    save_weights(segmenter, run.path/'weights.safetensors')
     write_json(run.path/'weights.json', dict(recipe=s.method, epoch=total, backbone={**part(s, BackboneOptions).dict(), 'weights': 'none'},
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
@@ -400,14 +406,19 @@ def plug(segmenter:Segmenter, new:Recipe, old:Recipe, state:dict[str, torch.Tens
         if given != expected: raise InputError(f"{source}: tensor '{k}' does not fit the backbone and recipe ({given}, expected {expected})")
     segmenter.load_state_dict(state, strict=False)
 
-def load_segmenter(run:Run|str|Path, recipe:str|None=None) -> Segmenter:
-    """The trained segmenter of a run, in eval mode; `recipe` plugs other modules into the same weights. Raises `InputError` for a folder without weights
-    or with weights that do not fit what `weights.json` describes."""
+def epochs_kept(run:Run) -> list[int]:
+    "Epochs after which the run kept its weights (`keep_epochs`), in order."
+    return sorted(int(p.stem) for p in (run.path/'epochs').glob('*.safetensors'))
+
+def load_segmenter(run:Run|str|Path, recipe:str|None=None, epoch:int|None=None) -> Segmenter:
+    """The trained segmenter of a run, in eval mode; `recipe` plugs other modules into the same weights, `epoch` takes those after an earlier epoch. Raises
+    `InputError` for a folder without weights, with weights that do not fit what `weights.json` describes, and for an epoch that was not kept."""
     run = run if isinstance(run, Run) else Run(run)
-    d = run.json('weights')
+    d, path = run.json('weights'), run.path/('weights.safetensors' if epoch is None else f'epochs/{epoch}.safetensors')
+    if epoch is not None and not path.exists(): raise InputError(f"epoch={epoch}: {run.path} keeps the weights of epochs {epochs_kept(run) or 'none'}; train with keep_epochs=True")
     old, new = parse_recipe(d['recipe']), parse_recipe(recipe or d['recipe'])
     segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), d['options'])
-    try: state = load_file(run.path/'weights.safetensors')
-    except Exception as e: raise InputError(f"{run.path/'weights.safetensors'}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
-    plug(segmenter, new, old, state, run.path/'weights.safetensors')
+    try: state = load_file(path)
+    except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
+    plug(segmenter, new, old, state, path)
     return segmenter.eval()

@@ -31,9 +31,10 @@ def _one_legend(axes:Sequence[Axes]):
 # %% ../../nbs/report/55_inside.ipynb #75cc4e9d
 @house
 def draw_activations(frames:Mapping[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
-    "Energy relative to the source's (above) and dead channels (below) per stage, a column per model, from `activations.study`."
+    "Energy relative to the source's (above) and dead channels (below) per stage, a column per model (four of them where epochs were kept), from `activations.study`."
     frame = _frame(frames, 'activations')
     models = list(dict.fromkeys(frame['model']))
+    if len(models) > 4: models = [models[round(i)] for i in np.linspace(0, len(models) - 1, 4)]
     axes = _axes(axes, 2, len(models), width=min(WIDTH, 2.6*len(models) + .8), sharex=True, sharey='row')
     for k, model in enumerate(models):
         rows = frame[frame['model'] == model].drop(columns=['low', 'high'])
