@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'CLAIMS', 'Claim', 'verdict', 'far', 'gain', 'more', 'fall', 'falls_less', 'first_stage_hurts_most',
-           'likeness', 'best_filter', 'follows', 'lean', 'check', 'to_text', 'save']
+           'likeness', 'best_filter', 'relation', 'lean', 'check', 'to_text', 'save']
 
 # %% ../../nbs/report/59_claims.ipynb #545b77de
 import math, textwrap
@@ -100,11 +100,14 @@ def best_filter(targets:Callable) -> Callable:
         return pd.Series({s: np.mean([one(t, s) for t in by.index.unique('target')]) for s in by})
     return measure
 
-def follows(study:Study) -> pd.Series:
-    "Rank correlation over episodes of the fall in channel correlation with the rise in IoU under the best feature filter, mean over far targets and seeds."
-    f = study.kept('frequency', 'relation')
-    f = f[(f['level'] == 'feature') & f['condition'].str.startswith('best') & f['target'].isin(far(study))]
-    return _by_seed(f, 'rho')
+def relation(column:str, condition:str) -> Callable:
+    """A column of the frequency diagnostic's `relation` under the feature filter whose name begins so, mean over far targets, by seed: `fall` (of the mean |r| between
+    channels) or `rho` (rank correlation over episodes of that fall with the rise in IoU)."""
+    def measure(study):
+        f = study.kept('frequency', 'relation')
+        f = f[(f['level'] == 'feature') & f['condition'].str.startswith(condition) & f['target'].isin(far(study))]
+        return _by_seed(f, column)
+    return measure
 
 def lean(predictor:str, sign:int) -> Callable:
     "Recall less precision of a predictor on the far targets (times `sign`), in points."
@@ -128,7 +131,9 @@ CLAIMS = (
     Claim('LoEC', 'LEM makes source and target features more alike', 'loec.md, claim e', 'domain CKA', likeness('ssp+lem', 'ssp')),
     Claim('LFM', 'removing frequencies of the images helps on a far target (up to +14, chest)', 'lfm.md, frequency study', _points, best_filter(far)),
     Claim('LFM', 'removing frequencies of the images harms on FSS-1000', 'lfm.md, frequency study', _points, lambda s: -best_filter(lambda s: [NEAR])(s)),
-    Claim('LFM', 'mIoU rises where channel correlation falls', 'lfm.md, purpose', 'rank correlation', follows),
+    Claim('LFM', 'mIoU rises where channel correlation falls, under the best filter', 'lfm.md, purpose', 'rank correlation', relation('rho', 'best')),
+    Claim('LFM', 'APM-M and ACPA lower the correlation between channels', 'lfm.md, purpose', 'mean |r|', relation('fall', 'recipe'), plan='lfm'),
+    Claim('LFM', 'mIoU rises where channel correlation falls, under APM-M and ACPA', 'lfm.md, purpose', 'rank correlation', relation('rho', 'recipe'), plan='lfm'),
     Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far), plan='lfm'),
     Claim('PAHNet', 'prototype predictions are conservative: precision above recall', 'pahnet.md, claims', _points, lean('prototype', -1)),
     Claim('PAHNet', 'affinity predictions are aggressive: recall above precision', 'pahnet.md, claims', _points, lean('affinity', 1)),

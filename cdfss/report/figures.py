@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'FIGURES', 'StudyOptions', 'Plan', 'settings_of', 'loec_plan', 'lfm_plan', 'FigureOptions', 'Study',
            'over_seeds', 'run_study', 'Drawing', 'lines', 'trajectory', 'sharpness', 'freezing', 'cka', 'ablation',
-           'frequency', 'correlation', 'predictions', 'make', 'draw_diagnostic']
+           'frequency', 'correlation', 'lfm', 'lfm_correlation', 'predictions', 'make', 'draw_diagnostic']
 
 # %% ../../nbs/report/58_figures.ipynb #559ef5b5
 import json, textwrap
@@ -248,6 +248,21 @@ def correlation(study:Study) -> Drawing:
     return Drawing(studies.draw_correlation({'cdf': frame}), frame, _by_name(study, f), dict(relation=study.kept('frequency', 'relation')))
 
 # %% ../../nbs/report/58_figures.ipynb #733f3cb6
+@FIGURES.register('lfm')
+def lfm(study:Study) -> Drawing:
+    study = study.part('lfm')
+    frame = tables.summarise(study.results)
+    return Drawing(plots.bars_with_intervals(frame), frame, study.runs)
+
+@FIGURES.register('lfm_correlation')
+def lfm_correlation(study:Study) -> Drawing:
+    study = study.part('lfm')
+    f = study.kept('frequency', 'cdf')
+    f = f[f['condition'].isin(['plain', 'recipe'])].assign(condition=lambda f: f['condition'].map(dict(plain='plain', recipe='after LFM')))
+    frame = over_seeds(f, 'value', ['trained', 'target', 'level', 'condition', 'r'])
+    return Drawing(studies.draw_correlation({'cdf': frame}), frame, _by_name(study, f), dict(relation=study.kept('frequency', 'relation').query("condition == 'recipe'")))
+
+# %% ../../nbs/report/58_figures.ipynb #888e4ca8
 @plots.house
 def _grid(items:list[tuple], methods:list[str]) -> Figure:
     "Rows of support | query | a prediction per method, two items to a row."
@@ -287,7 +302,7 @@ def predictions(study:Study) -> Drawing:
         return Drawing(_grid(items, methods), pd.DataFrame(rows), [run])
     raise InputError("no run of the study kept predictions of two methods: run `make study`")
 
-# %% ../../nbs/report/58_figures.ipynb #888e4ca8
+# %% ../../nbs/report/58_figures.ipynb #20d07020
 def make(study:Study, folder:str|Path='figures', names:Iterable[str]=(), say:Callable=print) -> dict[str, Figure]:
     """Draw and save the named figures (default: all) as PNG, SVG, CSV and the list of runs; returns name -> figure. What cannot be drawn from this study's records
     is left out with a line; an unknown name raises `InputError`."""
@@ -305,7 +320,7 @@ def make(study:Study, folder:str|Path='figures', names:Iterable[str]=(), say:Cal
         say(f'{name}: {len(d.runs)} runs')
     return made
 
-# %% ../../nbs/report/58_figures.ipynb #20d07020
+# %% ../../nbs/report/58_figures.ipynb #cd7dc12b
 def draw_diagnostic(name:str, frames:dict[str, pd.DataFrame]) -> Figure:
     "The figure of a diagnostic's frames."
     return getattr(inside if hasattr(inside, f'draw_{name}') else studies, f'draw_{name}')(frames)

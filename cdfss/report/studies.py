@@ -86,7 +86,7 @@ def draw_cutoffs(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None, 
     axes[0].set_ylabel('class mIoU (%)'); axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
     return axes[0].figure
 
-_CONDITION = {'plain': BLACK, 'best': GREEN, 'worst': RED, 'recipe': BLUE}
+_CONDITION = {'plain': BLACK, 'best': GREEN, 'worst': RED, 'recipe': BLUE, 'after LFM': BLUE}
 
 def _named(frame:pd.DataFrame) -> bool: return bool(frame['condition'].str.contains(':').any())          # the filter is named: another one in each panel
 
