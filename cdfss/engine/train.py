@@ -367,7 +367,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
     for name, store in data.targets.items():
-        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, **how) if all(m.shares_encoding for m in methods.values()) else None
+        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how))

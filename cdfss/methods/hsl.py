@@ -145,6 +145,8 @@ class HSM(Module):
     def extras_needed(self): return tuple(m.strip() for m in self.options.maps.split(','))
     @property
     def beside(self): return self.options.strength > 0
+    @property
+    def ahead(self): return self.options.strength > 0 and not self.options.reference         # the reference's regions attend to what the rest of the batch has
 
     def enhance(self, high:Float[Tensor, "n c h w"], low:Float[Tensor, "n cl _ _"], maps:list[Int[Tensor, "n _ _"]]) -> Float[Tensor, "n c h w"]:
         "Enhanced features of n images; `maps` are the label maps, coarse to fine."
@@ -163,13 +165,21 @@ class HSM(Module):
             total = total + (member @ p).mT.unflatten(2, size)
         return torch.lerp(high, (total / (len(maps) + 1)).relu(), o.strength)
 
+    def image(self, stages:dict[str, Float[Tensor, "n _ _ _"]], maps:dict[str, Int[Tensor, "n _ _"]]) -> dict[str, Float[Tensor, "n _ _ _"]]:
+        "What replaces the features of n images."
+        low = stages[self.options.low].float()
+        with torch.autocast(low.device.type, enabled=False):                       # means over many pixels want float32
+            return {n: self.enhance(f.float(), low, [maps[m] for m in self.extras_needed]).to(f.dtype) for n, f in stages.items() if n.startswith(self.at)}
+
     def features(self, match:Match) -> Match:
         o, b = self.options, len(match.fg)
         if o.strength == 0: return match
-        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1).float()
-        low, maps = joined(o.low), [match.extras[m].flatten(0, 1) for m in self.extras_needed]
-        with torch.autocast(low.device.type, enabled=False):                       # means over many pixels want float32
-            made = {n: self.enhance(joined(n), low, maps).to(match.query[n].dtype).unflatten(0, (b, -1)) for n in match.query if n.startswith(self.at)}
+        q, s, *stored = match.made.get(self, ({}, {}))
+        if stored and not self.training and all(match.query[n] is q[n] and match.support[n] is s[n] for n in (o.low, *stored[0])):
+            return replace(match, query=match.query | stored[0], support=match.support | stored[1])
+        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1)
+        used = [n for n in match.query if n == o.low or n.startswith(self.at)]
+        made = {n: f.unflatten(0, (b, -1)) for n, f in self.image({n: joined(n) for n in used}, {m: match.extras[m].flatten(0, 1) for m in self.extras_needed}).items()}
         match = replace(match, query=match.query | {n: f[:, 0] for n, f in made.items()}, support=match.support | {n: f[:, 1:] for n, f in made.items()})
         if not o.reference: return match
         nearest = lambda masks: F.interpolate(masks, next(iter(made.values())).shape[-2:])
