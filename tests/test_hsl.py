@@ -4,11 +4,16 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from cdfss.basics import InputError
+from cdfss.data.images import ImageStore
+from cdfss.data.layouts import open_dataset
+from cdfss.engine.adapt import pick
+from cdfss.engine.evaluate import FeatureStore, stored_match
 from cdfss.methods.hsl import DSR, HSM, PCMT, DSROptions, HSMOptions, PCMTOptions, bounds, foreground_style, otsu, present, region_means, resize_labels, soften
 from cdfss.methods.loec import random_style
 from cdfss.methods.seams import build
 from cdfss.models.segmenter import Match
 from episodes import backbone, episode, segmenter
+from fakes import polyps
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -198,3 +203,31 @@ def test_prototypes_are_found_for_bases_that_have_none():
 def test_labels_at_any_size():
     labels = torch.arange(12).view(1, 3, 4)
     assert torch.equal(resize_labels(resize_labels(labels, (9, 8)), (3, 4)), labels) and resize_labels(labels, (2, 2)).shape == (1, 2, 2)
+
+# ---- what is made once for an image -----------------------------------------------------------------------------------------
+@pytest.fixture
+def store(tmp_path):
+    polyps(tmp_path/'data', 5, (64, 64))
+    return ImageStore(open_dataset('kvasir', tmp_path/'data'), 64, cache=tmp_path/'cache')
+
+@torch.no_grad()
+def test_hsm_acts_once_for_each_image(store, monkeypatch):
+    seg, plain = segmenter('hsl'), segmenter('hsl')
+    plain.load_state_dict(seg.state_dict())
+    asked, seen = [(0, (1, 2), 0), (2, (0, 1), 0), (3, (0, 2), 0)], []
+    enhance = HSM.enhance
+    monkeypatch.setattr(HSM, 'enhance', lambda self, high, *a: seen.append(len(high)) or enhance(self, high, *a))
+    def matched(ahead, seg=seg):
+        f = FeatureStore(seg, store, seg.needed, ahead=ahead)
+        return stored_match(f, store, asked, 'cpu', seg.extras_needed)[0]
+    match = matched(True)
+    a = seg.decide(match, (64, 64))
+    assert sum(seen) == 4                                                  # images 0 to 3
+    b = seg.decide(matched(False), (64, 64))
+    assert sum(seen) == 4 + 9 and torch.allclose(a.scores, b.scores, atol=1e-5)
+    assert torch.equal(seg.decide(pick(match, 1), (64, 64)).mask, a.mask[1:2])
+    changed = dataclasses.replace(match, query=match.query | {'stage3': match.query['stage3'].roll(1, -1)})
+    want = plain.decide(dataclasses.replace(changed, made={}), (64, 64))
+    assert torch.equal(seg.decide(changed, (64, 64)).scores, want.scores) and not torch.allclose(want.scores, a.scores, atol=1e-3)
+    assert torch.equal(plain.decide(match, (64, 64)).scores, b.scores)      # another HSM does not take what this one made
+    assert not matched(True, segmenter('ssp+hsm', {'hsm_reference': True})).made and not matched(True, segmenter('ssp+hsm', {'hsm_strength': 0.})).made

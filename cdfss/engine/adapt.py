@@ -143,7 +143,7 @@ def tune_together(segmenter:Segmenter, draw, plan:Tuning) -> dict[str, Tensor]:
 # %% ../../nbs/engine/38_adapt.ipynb #2ccfacca
 def pick(value, i:int):
     "Episode `i` of a batch (an `Episode` or `Match`), as a batch of one."
-    take = lambda v: v[i:i + 1] if isinstance(v, (Tensor, list)) else {n: t[i:i + 1] for n, t in v.items()} if isinstance(v, dict) else v
+    take = lambda v: v[i:i + 1] if isinstance(v, (Tensor, list)) else {n: t[i:i + 1] for n, t in v.items() if isinstance(t, Tensor)} if isinstance(v, dict) else v
     return replace(value, **{f.name: take(getattr(value, f.name)) for f in dataclasses.fields(value)})
 
 def answer(segmenter:Segmenter, values:dict[str, Tensor], asked:Match|Episode, size) -> list[Prediction]:

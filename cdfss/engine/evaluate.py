@@ -22,10 +22,12 @@ from ..models.segmenter import Match, Segmenter
 class FeatureStore:
     """Stages of distinct images under fixed weights: `get(positions)` encodes what is missing and returns stage -> (n c h w) on the device.
 
-    `memory` and `disk` bound it, in bytes; what memory cannot hold goes to a folder under `spill` (None: the system's for temporary files). `seconds` adds up decode and encode; `encoded` counts images that went through the backbone."""
+    `memory` and `disk` bound it, in bytes; what memory cannot hold goes to a folder under `spill` (None: the system's for temporary files).
+    With `ahead` the first module of the features seam that may act ahead does so once for each image. `seconds` adds up decode and encode; `encoded` counts images that went through the backbone."""
     def __init__(self, segmenter:Segmenter, store:ImageStore, stages:tuple[str, ...], *, device:str='cpu', precision:str='float32',
-                 memory:float=2e9, disk:float=8e9, chunk:int=0, spill:Path|None=None):
+                 memory:float=2e9, disk:float=8e9, chunk:int=0, spill:Path|None=None, ahead:bool=False):
         self.segmenter, self.store, self.stages, self.device, self.precision = segmenter, store, tuple(stages), device, precision
+        self.ahead = [m for m in segmenter.acting('features')[:ahead] if m.ahead and {*m.reads, *segmenter.reads} <= {*stages}]      # a second module sees what the first made
         self.chunk = chunk or (16 if device != 'cpu' else max(1, 320_000 // store.size**2))         # on a CPU what the caches hold: two images of 400 px
         self.memory, self.disk, self.used, self.spilled, self.spill = memory, disk, 0, 0, spill
         self.kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
@@ -64,13 +66,16 @@ class FeatureStore:
             t1 = time.perf_counter()
             x = to_input(u8.to(self.device), self.segmenter.backbone.mean, self.segmenter.backbone.std).contiguous(memory_format=torch.channels_last)
             with autocast(self.precision, self.device): stages = self.segmenter.encode(x, stages=self.stages)
+            for m in self.ahead:
+                maps = {e: torch.stack([self.store.map(e, position[k]) for k in part]).to(self.device) for e in m.extras_needed}
+                stages |= {f'>{n}': f for n, f in m.image(stages, maps).items()}
             for n, k in enumerate(part): self._keep(k, {s: f[n].clone() for s, f in stages.items()}, busy)
             self.encoded += len(part)
             self.seconds['decode'] += t1 - t0
             self.seconds['encode'] += time.perf_counter() - t1
 
-    def get(self, positions:list[int]) -> dict[str, Tensor]:
-        "Stage -> features of the images at these positions of the data set, in float32."
+    def get(self, positions:list[int], ahead:bool=False) -> dict[str, Tensor]:
+        "Stage -> features of the images at these positions of the data set, in float32; with `ahead` also what was made of them, under `>stage`."
         keys = [self.store.key(p) for p in positions]
         busy = set(keys)
         for k in busy & self.kept.keys(): self.kept.move_to_end(k)
@@ -83,19 +88,22 @@ class FeatureStore:
             out = torch.empty((len(parts), *parts[0].shape), device=parts[0].device, memory_format=torch.channels_last)    # as they were made
             for row, p in zip(out, parts): row.copy_(p)
             return out
-        return {s: together(s) for s in self.stages}
+        return {s: together(s) for s in (self.kept[keys[0]] if ahead else self.stages)}
 
 # %% ../../nbs/engine/33_evaluate.ipynb #944754ea
 def stored_match(features:FeatureStore, store:ImageStore, episodes, device:str, extras:tuple[str, ...]=()) -> tuple[Match, Tensor, Tensor]:
     "The comparison's input for a batch of episodes, with the query masks and ignored pixels, from stored features."
     b, k = len(episodes), len(episodes[0][1])
     positions = [q for q, _, _ in episodes] + [p for _, s, _ in episodes for p in s]
-    stages = features.get(positions)
+    stages = {n: (f[:b], f[b:].unflatten(0, (b, k))) for n, f in features.get(positions, ahead=True).items()}
+    query, support = ({n: f[i] for n, f in stages.items() if n[0] != '>'} for i in (0, 1))
     masks = {p: store.mask(p) for p in dict.fromkeys(positions)}
     fg, void = (torch.stack([masks[p][i] for p in positions]).to(device) for i in (0, 1))
     weights = Match.masks(fg[b:].unflatten(0, (b, k)), void[b:].unflatten(0, (b, k)))
-    maps = {n: torch.stack([torch.stack([store.map(n, p) for p in (q, *s)]) for q, s, _ in episodes]).to(device) for n in extras}
-    return Match({s: f[:b] for s, f in stages.items()}, {s: f[b:].unflatten(0, (b, k)) for s, f in stages.items()}, *weights, maps), fg[:b], void[:b]
+    read = {n: {p: store.map(n, p) for p in masks} for n in extras}
+    maps = {n: torch.stack([torch.stack([m[p] for p in (q, *s)]) for q, s, _ in episodes]).to(device) for n, m in read.items()}
+    made = {m: (query, support, *({n[1:]: f[i] for n, f in stages.items() if n[0] == '>'} for i in (0, 1))) for m in features.ahead}
+    return Match(query, support, *weights, maps, made), fg[:b], void[:b]
 
 def predict(segmenters:dict[str, Segmenter], store:ImageStore, episodes, features:FeatureStore|None, device:str='cpu', precision:str='float32',
             seconds:dict|None=None, tuner:Tuner|None=None):
@@ -139,7 +147,7 @@ def evaluate(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifes
     first = next(iter(segmenters.values()))
     own = None
     if all(s.shares_encoding for s in segmenters.values()):
-        if features is None: features = own = FeatureStore(first, store, needed_stages(segmenters), device=device, precision=precision, spill=parts)
+        if features is None: features = own = FeatureStore(first, store, needed_stages(segmenters), device=device, precision=precision, spill=parts, ahead=True)
     else: features = None
     tuner = tuner or Tuner()
     if not batch and any(map(tuner.adapts, segmenters.values())): batch = tuner.batch(store.size, manifest.shot, device)

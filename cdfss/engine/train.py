@@ -27,9 +27,9 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import MODULES, Recipe, build, discover, method_options, parse_recipe, used_options
-from ..models.backbones import BackboneOptions, create_backbone, resolve_backbone
-from ..models.importers import IMPORTERS, load_official
+from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, used_options
+from ..models.backbones import BackboneOptions, create_backbone, read_state, resolve_backbone
+from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
 
 # %% ../../nbs/engine/36_train.ipynb #c5292982
@@ -158,9 +158,14 @@ def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
         d = Run(path).json('weights')
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
         return d['backbone'], d['recipe'], load_segmenter(path).state_dict()
-    if base not in IMPORTERS: raise InputError(f"checkpoint={path}: official checkpoints are known of {', '.join(sorted(IMPORTERS))}, not of {base}; give a run folder")
-    official = load_official(base, path)
-    return official.backbone.options.dict(), base, official.state_dict()
+    known = sorted((n for n in IMPORTERS if n == base or n in ALIASES and parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
+    if not known: raise InputError(f"checkpoint={path}: official checkpoints are known of {', '.join(sorted(IMPORTERS))}, not of {base}; give a run folder")
+    state, refused = read_state(path), []
+    for name in known:                                                     # HSL's are those of a recipe of SSP
+        try: official = from_official(name, state)
+        except InputError as e: refused.append(e)
+        else: return official.backbone.options.dict(), str(parse_recipe(name)), official.state_dict()
+    raise refused[0]
 
 def segmenter_of(settings:Options, recipe=None) -> Segmenter:
     "The segmenter the settings describe, with its starting weights."
@@ -368,7 +373,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
     for name, store in data.targets.items():
-        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, **how) if all(m.shares_encoding for m in methods.values()) else None
+        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how))

@@ -17,12 +17,14 @@ from .backbones import Backbone
 @dataclass
 class Match:
     """What `compare` reads: stage name -> features, and the support masks at image size (ignored pixels are 0 in both). `extras` are the image maps
-    that modules asked for, those of the query first (see `Episode`)."""
+    that modules asked for, those of the query first (see `Episode`). `made` holds what modules that act `ahead` made of the stored features: module -> the features it
+    had (query, support), and its own (query, support)."""
     query: dict[str, Float[Tensor, "b c h w"]]
     support: dict[str, Float[Tensor, "b k c h w"]]
     fg: Float[Tensor, "b k H W"]
     bg: Float[Tensor, "b k H W"]
     extras: dict[str, Int[Tensor, "b k+1 _ _"]] = field(default_factory=dict)
+    made: dict = field(default_factory=dict, repr=False)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
