@@ -57,7 +57,7 @@ def loec_plan(o:StudyOptions) -> Plan:
     seeds, common = report.numbers(o.seeds, 'seeds', low=0), settings_of(o, epochs=10, fit_episodes=400, schedule='constant')
     grid = [*cells(method=['lcm', 'loec'], freeze=['none'], seed=seeds), *cells(method=['lcm'], freeze=['stem', 'stem+stage1'], seed=seeds)]
     looked = dict(sharpness=dict(episodes=o.episodes, kinds=('feature',), strengths=(.5, 1.)), cka=dict(episodes=o.episodes))
-    channels = dict(frequency=dict(episodes=o.episodes, cutoffs=(.1, .25, .5)), errors=dict(episodes=o.episodes))
+    channels = dict(frequency=dict(episodes=o.episodes, cutoffs=(.25, .5)), errors=dict(episodes=o.episodes))
     def inside(run):
         if run.params['freeze'] != 'none': return {}
         return looked | (channels if trained_as(run) == 'ssp' else {})
