@@ -55,6 +55,9 @@ class FeatureFilter(Module):
 
     def stages_used(self): return () if self.options.where == 'last' else (self.options.where,)
 
+    @property
+    def changes(self): return (self.at,)
+
     def filter(self, x:Float[Tensor, "*n c h w"], fg:Float[Tensor, "*n H W"]|None=None) -> Float[Tensor, "*n c h w"]: raise NotImplementedError
 
     def features(self, match:Match) -> Match:
