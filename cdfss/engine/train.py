@@ -36,7 +36,7 @@ from ..models.segmenter import BASES, Segmenter
 class RunOptions(Options):
     "What to run and how to evaluate it."
     method:str             = option('lcm', "recipe base[+module...]: prototype, ssp, lem, lcm, loec, ssp+lem+lcm, ...")
-    checkpoint:str|None    = option(None, "start from these weights: a run folder, or the file of an official checkpoint of the base; it decides the backbone")
+    checkpoint:str|None    = option(None, "start from these weights: a run folder (or its weights.safetensors), or the file of an official checkpoint of the base; it decides the backbone")
     seed:int               = option(0, "seed of everything random", low=0, high=2**32 - 1)
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
@@ -152,6 +152,7 @@ def resolve(settings:Options) -> Options:
 def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
     "The backbone options, recipe and tensors of the settings' checkpoint."
     path, base = Path(s.checkpoint), parse_recipe(s.method).base
+    if path.name == 'weights.safetensors' and (path.parent/'weights.json').is_file(): path = path.parent            # a run's file stands for the run
     if path.is_dir():
         d = Run(path).json('weights')
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
