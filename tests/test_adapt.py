@@ -96,6 +96,20 @@ def test_given_stages_are_what_would_be_encoded():
     with torch.no_grad(): stages = {n: f.unflatten(0, (2, 2)) for n, f in seg.encode(e.support.flatten(0, 1), queries=0).items()}
     assert same(tune(seg, e, PLAN)[0], tune(seg, e, PLAN, stages)[0], 1e-6)
 
+@pytest.mark.parametrize('recipe,k,levels', [('hsnet+apm_s', 1, 2), ('hsnet+apm_m+acpa', 3, 2), ('patnet', 2, 2), ('patnet+acpa', 3, 1)])
+def test_levels_that_stay_are_squeezed_once(recipe, k, levels, monkeypatch):
+    seg, e, counted = segmenter(recipe), supports(episode(2, k, 96)), []
+    squeezed = type(seg.learner).squeezed
+    monkeypatch.setattr(type(seg.learner), 'squeezed', lambda self, i, *level: counted.append(i) or squeezed(self, i, *level))
+    plan = dataclasses.replace(PLAN, lr=.01, steps=4)
+    values, losses = tune(seg, e, plan)
+    pairs = k*max(1, k - 1)
+    assert len(counted) == levels*pairs + (3 - levels)*plan.steps
+    monkeypatch.setattr(type(seg), 'hold', lambda self, episode, stages: {})
+    plain, plain_losses = tune(seg, e, plan)
+    assert torch.allclose(losses, plain_losses, atol=1e-4) and same(values, plain, 1e-3)
+    assert all(p.grad is None for p in seg.parameters())                              # nothing but the tuned copies has a gradient
+
 def test_a_loss_that_is_not_finite_names_the_rate():
     seg, e = segmenter('ssp+acpa'), supports(episode(2))
     stages = {'stage3': torch.randn(2, 1, 128, 9, 9)}

@@ -22,7 +22,7 @@ from ..data.guard import Ledger, check_leakage
 from ..data.manifests import RULES, Manifest, draw, draw_nested, load_manifests
 from ..data.miniature import miniature_root
 from .adapt import AdaptOptions, Tuner
-from .evaluate import FeatureStore, evaluate, needed_stages, predict
+from .evaluate import FeatureStore, evaluate, lasting_features, needed_stages, predict
 from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
@@ -37,7 +37,7 @@ from ..models.segmenter import BASES, Segmenter
 class RunOptions(Options):
     "What to run and how to evaluate it."
     method:str             = option('lcm', "recipe base[+module...]: prototype, ssp, lem, lcm, loec, ssp+lem+lcm, ...")
-    checkpoint:str|None    = option(None, "start from these weights: a run folder, or the file of an official checkpoint of the base; it decides the backbone")
+    checkpoint:str|None    = option(None, "start from these weights: a run folder (or its weights.safetensors), or the file of an official checkpoint of the base; it decides the backbone")
     seed:int               = option(0, "seed of everything random", low=0, high=2**32 - 1)
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
@@ -51,7 +51,7 @@ class RunOptions(Options):
     nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
     test_seed:int          = option(0, "seed of the test episodes; equal for all runs that are compared", low=0, high=2**32 - 1)
-    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 16 for methods that adapt to each task)", low=1)
+    test_episodes:int|None = option(None, "test episodes a target (None: the protocol's, 600, FSS-1000 every image; on the miniature 40 for methods that adapt to each task)", low=1)
     track:str              = option('all', "epochs at which targets are followed: all, none, or numbers, e.g. 1,3,6")
     track_episodes:int     = option(120, "1-shot episodes a data set when following", low=1)
     compare:bool           = option(True, "also score the same weights without the modules that act at test time")
@@ -82,7 +82,7 @@ def _left_open(name:str) -> str:
     special = [f"{', '.join(bases)}: {text}" for text, bases in by_text.items() if text != plain]
     return '; '.join([plain, *special]) if special or name in SCALES['real'] else ''
 
-ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 16
+ADAPT, ADAPTED_EPISODES = tuple(f.name for f in dataclasses.fields(AdaptOptions)), 40
 
 def _settings() -> type[Options]:
     "RunOptions, FitOptions, AdaptOptions, BackboneOptions and all method options as one flat class."
@@ -154,6 +154,7 @@ def resolve(settings:Options) -> Options:
 def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
     "The backbone options, recipe and tensors of the settings' checkpoint."
     path, base = Path(s.checkpoint), parse_recipe(s.method).base
+    if path.name == 'weights.safetensors' and (path.parent/'weights.json').is_file(): path = path.parent            # a run's file stands for the run
     if path.is_dir():
         d = Run(path).json('weights')
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
@@ -335,6 +336,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     write_json(run.path/'env.json', environment(s.device))
     for (name, k), m in data.manifests.items(): m.save(run.path/'manifests'/f'{name}-{k}shot.json')
     tracked, total = [], s.epochs
+    lasting = {name: lasting_features(segmenter, store, needed_stages(methods), **how) for name, store in ((s.source, data.validation), *data.targets.items())}
 
     def follow(epoch:int) -> dict:
         "mIoU of source validation and targets after an epoch, if it is one of those to be followed."
@@ -343,7 +345,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         if wanted and s.keep_epochs: save_weights(segmenter, run.path/'epochs'/f'{epoch}.safetensors')
         for name, manifest in data.followed.items() if wanted else ():
             store = data.validation if name == s.source else data.targets[name]
-            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', **how)
+            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', features=lasting[name], **how)
             tracked.append(frame)
             for m, f in frame.groupby('method', sort=False):
                 if name != s.source: row[f'miou/{m}/{name}'] = round(METRICS['class_miou'](f), 3)
@@ -362,7 +364,8 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     add({'epoch': 0, **zero, 'seconds': round(time.time() - t0, 2)})
     if total:
         t0 = time.time()
-        for row in fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=s.device, state_file=resume/'state.pt'):
+        for row in fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=s.device, state_file=resume/'state.pt',
+                       features=lasting_features(segmenter.train(), data.source, segmenter.needed, **how)):
             found = follow(row['epoch'])
             if not row.get('restored'): row |= found | {'seconds': round(time.time() - t0, 2)}
             add(row)
@@ -373,7 +376,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
     for name, store in data.targets.items():
-        features = FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None
+        features = lasting[name] or (FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None)
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how))

@@ -42,6 +42,11 @@ class Module(nn.Module):
         "Stages it reads at the `features`, `scores` or `mask` seam, besides those the base compares."
         return ()
 
+    @property
+    def changes(self) -> tuple[str, ...]|None:
+        "Stages whose features it changes at the `features` seam; None: any."
+        return None
+
 MODULES, ALIASES = Registry('module'), Registry('alias')
 
 def discover():

@@ -25,6 +25,7 @@ class Match:
     bg: Float[Tensor, "b k H W"]
     extras: dict[str, Int[Tensor, "b k+1 _ _"]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, repr=False)
+    held: dict[str, Tensor] = field(default_factory=dict)            # what the base has computed of it already (`Segmenter.hold`)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
@@ -111,11 +112,11 @@ class Segmenter(nn.Module):
         made = self.backbone(images, stop=wanted[-1].split('.')[0], after=after if staged else None, blocks=wanted)
         return {n: made[n] for n in wanted}
 
-    def match(self, episode:Episode) -> Match:
-        "Encode one batch of episodes, query and supports together."
+    def match(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> Match:
+        "Encode one batch of episodes, query and supports together; or take the `stages` of the queries, then of all supports, where they are known."
         for m in self.acting('images'): episode = m.images(episode)
         b, k = episode.support.shape[:2]
-        stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
+        if stages is None: stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
         return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras)
 
@@ -150,11 +151,11 @@ class Segmenter(nn.Module):
 
     def forward(self, episode:Episode) -> Prediction: return self.decide(self.match(episode), episode.query.shape[-2:])
 
-    def loss(self, episode:Episode) -> dict[str, Tensor]:
-        "Named loss terms of a batch of episodes with query masks; their sum is what training minimises."
+    def loss(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> dict[str, Tensor]:
+        "Named loss terms of a batch of episodes with query masks; their sum is what training minimises. `stages` as in `match`."
         target = episode.query_mask.long()
         if episode.ignore is not None: target = target.masked_fill(episode.ignore, IGNORE)
-        return self._terms(self.match(episode), target, episode.query.shape[-2:])
+        return self._terms(self.match(episode, stages), target, episode.query.shape[-2:])
 
     def _terms(self, match:Match, target:Tensor, size) -> dict[str, Tensor]:
         changed = self.refine_match(match)
@@ -179,6 +180,10 @@ class Segmenter(nn.Module):
         target = torch.where(fg > 0, 1, torch.where(bg > 0, 0, IGNORE)).flatten(0, 1)
         extras = {n: torch.cat([e[:, 1:].flatten(0, 1)[:, None], others(e[:, 1:])], 1) for n, e in episode.extras.items()}
         return Match({n: f.flatten(0, 1) for n, f in stages.items()}, {n: others(f) for n, f in stages.items()}, others(fg), others(bg), extras), target
+
+    def hold(self, episode:Episode, stages:dict[str, Float[Tensor, "b k c h w"]]) -> dict[str, Float[Tensor, "b *_"]]:
+        "What of the rehearsals stays as it is while parameters are tuned, computed once; `adapt_loss` finds it among the stages, by name."
+        return {}
 
     def adapt_loss(self, episode:Episode, stages:dict[str, Float[Tensor, "b k c h w"]]|None=None) -> dict[str, Tensor]:
         "Named loss terms of tuning on the supports alone; see `rehearse`."
