@@ -15,7 +15,7 @@ def level(method, params, target, shot, seed) -> float:
     "mIoU: seeds differ by 3 points together and by a tenth on their own; PCMT gains on far targets alone, Otsu harms on fss; a fixed pool gains 6, one round 4, the paper's pool 7."
     v = LEVEL[method] + 3*seed + .1*((seed*7 + len(method)) % 3) + 5*(shot == 5)
     if method.endswith('pcmt') and target == 'fss': v -= 3 if params['pcmt_rule'] == 'otsu' else 1
-    if method == 'ifa': v += {1: -2}.get(params['ifa_rounds'], 0) + (params['ifa_pool'] == 'paper')
+    if method == 'ifa': v += {1: -2}.get(params['ifa_rounds'], 0) + (params['ifa_support_policy'] == 'paper')
     return v - 2*(4 - len(params['hsm_maps'].split(',')))*('hsm' in method)
 
 def a_run(folder, method, seed, beside=(), shots=(1,), guard=True, **options) -> Run:
@@ -36,7 +36,7 @@ def hsl_runs(folder, seeds=(0, 1, 2)):
 
 def ifa_runs(folder, seeds=(0, 1, 2)):
     both = dict(beside=['ifa, untuned'], shots=(1, 5))
-    return [r for s in seeds for r in (a_run(folder, 'ifa', s, **both), a_run(folder, 'ifa', s, ifa_rounds=1, checkpoint='trained', **both), a_run(folder, 'ifa', s, ifa_pool='paper', checkpoint='trained', guard=False, **both))]
+    return [r for s in seeds for r in (a_run(folder, 'ifa', s, **both), a_run(folder, 'ifa', s, ifa_rounds=1, checkpoint='trained', **both), a_run(folder, 'ifa', s, ifa_support_policy='paper', checkpoint='trained', guard=False, **both))]
 
 def cell(table, method, target='mean', shot=1):
     [row] = table[(table.method == method) & (table.target == target) & (table.shot == shot)].to_dict('records')
@@ -45,7 +45,7 @@ def cell(table, method, target='mean', shot=1):
 def test_hsl_table(tmp_path):
     t = ablation(hsl_runs(tmp_path), 'ssp')
     assert list(t.method.unique()) == ['ssp', 'ssp+pcmt', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+dsr+hsm, without slic-5', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+dsr+hsm+pcmt']
-    assert (t.seeds == 3).all() and (t.pool == '').all() and list(t.target[:4]) == [*TARGETS, 'mean']
+    assert (t.seeds == 3).all() and (t.support_policy == '').all() and list(t.target[:4]) == [*TARGETS, 'mean']
     for method, change in (('ssp+dsr', 2), ('ssp+hsm', 3), ('ssp+dsr+hsm', 5), ('ssp+dsr+hsm, without slic-5', 3), ('ssp+dsr+hsm+pcmt', 6 - 1/3)):
         r = cell(t, method)
         assert r['class_miou_change'] == pytest.approx(change, abs=.3) and r['class_miou_change_low'] > 0 and r['fb_iou_change'] == pytest.approx(change/4, abs=.1)
@@ -55,7 +55,7 @@ def test_hsl_table(tmp_path):
 
 def test_ifa_table_names_the_pool(tmp_path):
     t = ablation(ifa_runs(tmp_path), 'ifa, untuned')
-    assert t.groupby('method').pool.unique().map(list).to_dict() == {'ifa, untuned': [''], 'ifa, 1 round': ['fixed'], 'ifa': ['fixed'], 'ifa, pool paper': ['paper']}
+    assert t.groupby('method').support_policy.unique().map(list).to_dict() == {'ifa, untuned': [''], 'ifa, 1 round': ['fixed'], 'ifa': ['fixed'], 'ifa, pool paper': ['paper']}
     for method, change in (('ifa, 1 round', 4), ('ifa', 6), ('ifa, pool paper', 7)):
         for shot in (1, 5): assert cell(t, method, shot=shot)['class_miou_change'] == pytest.approx(change, abs=.3)
     text = ablation_text(t)
@@ -86,8 +86,8 @@ def test_ifa_claims(tmp_path):
     t = claims('ifa', ifa_runs(tmp_path))
     for shot in (1, 5):
         a, b = (said(t, f'tuning on the target gains on isic, {shot}-shot', m) for m in ('FB-IoU', 'class mIoU'))
-        assert (a['verdict'], b['verdict']) == ('holds', 'holds') and b['value'] == pytest.approx(6, abs=.3) and a['value'] == pytest.approx(1.5, abs=.1) and a['pool'] == 'fixed against none'
-        assert said(t, f'a pool drawn anew gains over a fixed one, {shot}-shot')['pool'] == 'paper against fixed' and said(t, f'three rounds gain over one, {shot}-shot')['verdict'] == 'holds'
+        assert (a['verdict'], b['verdict']) == ('holds', 'holds') and b['value'] == pytest.approx(6, abs=.3) and a['value'] == pytest.approx(1.5, abs=.1) and a['support_policy'] == 'fixed against none'
+        assert said(t, f'a pool drawn anew gains over a fixed one, {shot}-shot')['support_policy'] == 'paper against fixed' and said(t, f'three rounds gain over one, {shot}-shot')['verdict'] == 'holds'
     assert 'not measured: no run of ifa, 1-shot, on chest' == said(t, 'tuning on the target gains on chest, 1-shot')['data']
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 def test_grids_are_settings_that_train_accepts(tmp_path):
     for s in [*hsl_trainings([0, 1], scales=True, targets='isic'), *ifa_trainings([0], targets='isic')]: assert resolve(TrainSettings.make(s)).targets == 'isic'
     again = hsl_rescored(hsl_runs(tmp_path/'a', (0,)), targets='isic') + ifa_rescored(ifa_runs(tmp_path/'b', (0,)), targets='isic')
-    assert [(s['method'], s.get('pcmt_rule'), s.get('ifa_rounds'), s.get('ifa_pool'), s.get('guard'), s['epochs']) for s in again] == [
+    assert [(s['method'], s.get('pcmt_rule'), s.get('ifa_rounds'), s.get('ifa_support_policy'), s.get('guard'), s['epochs']) for s in again] == [
         ('ssp+dsr+hsm+pcmt', 'otsu', None, None, None, 0), ('ifa', None, 1, None, None, 0), ('ifa', None, None, 'paper', False, 0)]
     for s in again: TrainSettings.make(s)
 

@@ -392,9 +392,10 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         classes = 1000 if name == 'fss' else len(data.targets[name].dataset.classes)
         results.append(dict(method=m, target=name, shot=int(k), episodes=len(f), **_score(f, classes)))
     write_json(run.path/'timing.json', dict(total=round(time.time() - begun, 1), evaluation={k: round(v, 3) for k, v in seconds.items()}))
+    policy = {n: v for n, v in segmenter.options.dict().items() if n == 'support_policy'} if tuner.adapts(segmenter) else {}
     means = [dict(method=m, shot=int(k), **{key: round(v, 3) for key, v in zip(('value', 'low', 'high'), bootstrap_mean([f for _, f in g.groupby('target')]))})
              for (k, m), g in frame.groupby(['shot', 'method'], sort=False) if g.target.nunique() > 1]
-    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']), seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
+    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']) | policy, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
                                              manifests={f'{n}-{k}shot': m.hash for (n, k), m in data.manifests.items()}))
     shutil.rmtree(resume, ignore_errors=True)
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['resize_labels', 'soften', 'bounds', 'foreground_style', 'DSROptions', 'DSR', 'region_means', 'present',
-           'RegionAttention', 'HSMOptions', 'HSM', 'otsu', 'PCMTOptions', 'prototypes_of', 'PCMT']
+           'RegionAttention', 'HSMOptions', 'HSM', 'otsu', 'PCMTOptions', 'prototypes_of', 'PCMT', 'AugmentOptions',
+           'warp', 'Augment']
 
 # %% ../../nbs/methods/24_hsl.ipynb #b4c3c67b
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..basics import Options, option
 from ..data import superpixels                                     # registers its kinds of maps
 from ..data.images import map_kind
+from torchvision.transforms.v2.functional import gaussian_blur
 from ..episode import Episode
 from .loec import random_style, swap_amplitude
 from .seams import ALIASES, MODULES, Module
@@ -240,6 +242,51 @@ class PCMT(Module):
         return confidence > threshold[:, None, None]
 
 # %% ../../nbs/methods/24_hsl.ipynb #4494339e
+@dataclass(frozen=True)
+class AugmentOptions(Options):
+    "What the augmentation draws from; the defaults are HSL's where its card gives one."
+    p:float     = option(1.0, "chance that an image is changed", low=0, high=1)
+    scale:float = option(0.1, "largest change of scale (paper: 0.1)", low=0, high=.9)
+    turn:float  = option(10.0, "largest turn, degrees (paper: 10)", low=0, high=180)
+    blur:float  = option(0.5, "chance of a Gaussian blur (R)", low=0, high=1)
+    flip:float  = option(0.5, "chance of a horizontal flip (R)", low=0, high=1)
+
+def warp(x:Float[Tensor, "n c h w"], affine:Float[Tensor, "n 2 3"], mode:str='bilinear') -> Float[Tensor, "n c h w"]:
+    "Images under one affine map each, reflected beyond their borders."
+    return F.grid_sample(x, F.affine_grid(affine, list(x.shape), align_corners=False), mode=mode, padding_mode='reflection', align_corners=False)
+
+@MODULES.register('augment')
+class Augment(Module):
+    "Scaling, turning, blurring and flipping of training images as HSL's authors do (hsl.md, Loss and schedule); any module with maps sees them moved alike."
+    seams, phases, neutral, Options = ('images',), ('fit',), {'p': 0.0}, AugmentOptions
+
+    def draw(self, n:int, device) -> tuple[Float[Tensor, "n 2 3"], Float[Tensor, "n"]]:
+        "An affine map for each image, and the width of its blur in pixels (0: none)."
+        o = self.options
+        uniform = lambda low=0., high=1.: torch.empty(n, device=device).uniform_(low, high)
+        chosen = uniform() < o.p
+        pick = lambda v, plain: torch.where(chosen, v, torch.full_like(v, plain))
+        zoom, angle = pick(1 / uniform(1 - o.scale, 1 + o.scale), 1.), pick(torch.deg2rad(uniform(-o.turn, o.turn)), 0.)
+        flip = pick(torch.where(uniform() < o.flip, -1., 1.), 1.)
+        slack = (1 - zoom).clamp(min=0)[:, None] * torch.empty(n, 2, device=device).uniform_(-1, 1)        # where a larger image is cropped
+        rows = torch.stack([zoom * angle.cos() * flip, -zoom * angle.sin(), slack[:, 0], zoom * angle.sin() * flip, zoom * angle.cos(), slack[:, 1]], 1)
+        return rows.view(n, 2, 3), torch.where(chosen & (uniform() < o.blur), uniform(.1, 1.), 0.)
+
+    def images(self, episode:Episode) -> Episode:
+        if self.options.p == 0: return episode
+        e, (b, k) = episode, episode.support.shape[:2]
+        together = lambda q, s: torch.cat([q[:, None], s], 1).flatten(0, 1)
+        apart = lambda t: (t.unflatten(0, (b, k + 1))[:, 0], t.unflatten(0, (b, k + 1))[:, 1:])
+        affine, blur = self.draw(b * (k + 1), e.query.device)
+        images = warp(together(e.query, e.support), affine)
+        images = torch.stack([gaussian_blur(x, [5, 5], [s]*2) if s > 0 else x for x, s in zip(images, blur.tolist())])
+        nearest = lambda t: warp(t[:, None].float(), affine, 'nearest')[:, 0].to(t.dtype)
+        moved = lambda q, s: (q, s) if q is None or s is None else apart(nearest(together(q, s)))
+        (query, support), (query_mask, support_masks), (ignore, support_ignore) = apart(images), moved(e.query_mask, e.support_masks), moved(e.ignore, e.support_ignore)
+        return replace(e, query=query, support=support, query_mask=query_mask, support_masks=support_masks, ignore=ignore, support_ignore=support_ignore,
+                       extras={n: nearest(m.flatten(0, 1)).unflatten(0, (b, k + 1)) for n, m in e.extras.items()})
+
+# %% ../../nbs/methods/24_hsl.ipynb #a7848c60
 ALIASES.register('hsl')('ssp+dsr+hsm+pcmt')
 
 @IMPORTERS.register('hsl')

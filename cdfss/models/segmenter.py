@@ -112,9 +112,16 @@ class Segmenter(nn.Module):
         made = self.backbone(images, stop=wanted[-1].split('.')[0], after=after if staged else None, blocks=wanted)
         return {n: made[n] for n in wanted}
 
+    def seen(self, episode:Episode) -> Episode:
+        "The episode as the modules of the `images` seam leave it."
+        for m in self.acting('images'): episode = m.images(episode)
+        return episode
+
     def match(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> Match:
         "Encode one batch of episodes, query and supports together; or take the `stages` of the queries, then of all supports, where they are known."
-        for m in self.acting('images'): episode = m.images(episode)
+        return self._match(self.seen(episode), stages)
+
+    def _match(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> Match:
         b, k = episode.support.shape[:2]
         if stages is None: stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
@@ -153,9 +160,10 @@ class Segmenter(nn.Module):
 
     def loss(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> dict[str, Tensor]:
         "Named loss terms of a batch of episodes with query masks; their sum is what training minimises. `stages` as in `match`."
+        episode = self.seen(episode)                                        # a module may move the masks with the images
         target = episode.query_mask.long()
         if episode.ignore is not None: target = target.masked_fill(episode.ignore, IGNORE)
-        return self._terms(self.match(episode, stages), target, episode.query.shape[-2:])
+        return self._terms(self._match(episode, stages), target, episode.query.shape[-2:])
 
     def _terms(self, match:Match, target:Tensor, size) -> dict[str, Tensor]:
         changed = self.refine_match(match)

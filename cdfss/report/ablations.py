@@ -39,7 +39,7 @@ def hsl_rescored(runs:Iterable[Run], **common) -> list[dict]:
 
 def ifa_rescored(runs:Iterable[Run], **common) -> list[dict]:
     "A single round of the chain, and the paper's pool with the guard off."
-    return [_again(r, common, **o) for r in runs if not r.params['checkpoint'] for o in (dict(ifa_rounds=1), dict(ifa_pool='paper', guard=False))]
+    return [_again(r, common, **o) for r in runs if not r.params['checkpoint'] for o in (dict(ifa_rounds=1), dict(ifa_support_policy='paper', guard=False))]
 
 ABLATIONS = dict(hsl=(hsl_trainings, hsl_rescored), ifa=(ifa_trainings, ifa_rescored))
 
@@ -57,17 +57,17 @@ def row_name(params:dict, method:str) -> str:
     said = [f"without {left}" for left in SCALES if 'hsm' in method and left not in params['hsm_maps'].split(',')]
     if method.endswith('pcmt') and params['pcmt_rule'] != 'pcmt': said.append(f"{params['pcmt_rule']} threshold")
     if method == 'ifa' and params['ifa_rounds'] != 3: said.append(f"{params['ifa_rounds']} round{'s' if params['ifa_rounds'] > 1 else ''}")
-    if method == 'ifa' and params['ifa_pool'] != 'fixed': said.append(f"pool {params['ifa_pool']}")
+    if method == 'ifa' and params['ifa_support_policy'] != 'fixed': said.append(f"pool {params['ifa_support_policy']}")
     return ', '.join([method, *said])
 
 def results(runs:Iterable[Run]) -> pd.DataFrame:
-    "`tables.results` of the runs with their `row_name` as method and the column `pool`: on which images it was tuned ('' for what is not tuned). Raises `InputError` for no runs."
+    "`tables.results` of the runs with their `row_name` as method and the column `support_policy`: on which images it was tuned ('' for what is not tuned). Raises `InputError` for no runs."
     runs = {r.path.name: r for r in runs}
     if not runs: raise InputError("runs is empty: give the runs of an ablation")
     found = tables.results([r.path for r in runs.values()])
     params = [runs[n].params for n in found.run]
     tuned = lambda p, m: p['method'].startswith('ifa') and p['ifa_stage'] == 'ifa' and not m.endswith('untuned')
-    return found.assign(pool=[p['ifa_pool'] if tuned(p, m) else '' for p, m in zip(params, found.method)], method=[row_name(p, m) for p, m in zip(params, found.method)])
+    return found.assign(support_policy=[p['ifa_support_policy'] if tuned(p, m) else '' for p, m in zip(params, found.method)], method=[row_name(p, m) for p, m in zip(params, found.method)])
 
 ORDER = ('ssp', 'ssp+pcmt', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', *(f'ssp+dsr+hsm, without {s}' for s in SCALES), 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+dsr+hsm+pcmt',
          'ifa, untuned', 'ifa, 1 round', 'ifa', 'ifa, pool paper')
@@ -79,7 +79,7 @@ def _per_seed(found:pd.DataFrame) -> pd.DataFrame:
     each = own.drop_duplicates(['method', 'target', 'shot', 'seed'])
     wanted = each.groupby('shot').target.transform('nunique')
     whole = each[each.groupby(['method', 'shot', 'seed']).target.transform('nunique') == wanted]
-    mean = whole.groupby(['method', 'shot', 'seed', 'pool', 'guard'], sort=False)[list(VALUES)].mean().reset_index().assign(target='mean')
+    mean = whole.groupby(['method', 'shot', 'seed', 'support_policy', 'guard'], sort=False)[list(VALUES)].mean().reset_index().assign(target='mean')
     return pd.concat([each, mean] if wanted.max() > 1 else [each], ignore_index=True)
 
 def _span(v:pd.Series) -> tuple[float, float, float]: return seed_interval(v) if len(v) > 1 else (v.iloc[0] if len(v) else math.nan, math.nan, math.nan)
@@ -96,7 +96,7 @@ def ablation(runs:Iterable[Run], base:str) -> pd.DataFrame:
     rows = []
     for (method, target, shot), g in each.groupby(['method', 'target', 'shot'], sort=False):
         old = each[(each.method == base) & (each.target == target) & (each.shot == shot)].set_index('seed')
-        row = dict(method=method, pool=g.pool.iloc[0], target=target, shot=shot, seeds=len(g))
+        row = dict(method=method, support_policy=g.support_policy.iloc[0], target=target, shot=shot, seeds=len(g))
         for v in VALUES:
             row |= dict(zip((v, f'{v}_low', f'{v}_high'), _span(g[v])))
             row |= dict(zip((f'{v}_change', f'{v}_change_low', f'{v}_change_high'), _span((g.set_index('seed')[v] - old[v]).dropna()) if method != base else (math.nan,)*3))
@@ -111,7 +111,7 @@ def ablation_text(table:pd.DataFrame, target:str|None=None) -> str:
     span = lambda r, v, sign: '-' if math.isnan(r[v]) else f'{r[v]:{sign}.1f}' + ('' if math.isnan(r[f'{v}_low']) else f" [{r[f'{v}_low']:{sign}.1f}, {r[f'{v}_high']:{sign}.1f}]")
     shown = table if target is None else table[table.target == target]
     head = ['method', 'tuned on', 'target', 'shot', 'class mIoU', 'change', 'FB-IoU', 'change', 'seeds']
-    lines = [head, *([r['method'], f"pool: {r['pool']}" if r['pool'] else 'nothing', r['target'], str(r['shot']), span(r, 'class_miou', ''), span(r, 'class_miou_change', '+'),
+    lines = [head, *([r['method'], f"pool: {r['support_policy']}" if r['support_policy'] else 'nothing', r['target'], str(r['shot']), span(r, 'class_miou', ''), span(r, 'class_miou_change', '+'),
                       span(r, 'fb_iou', ''), span(r, 'fb_iou_change', '+'), str(r['seeds'])] for _, r in shown.iterrows())]
     wide = [max(map(len, c)) for c in zip(*lines)]
     text = ['  '.join(c.ljust(w) for c, w in zip(l, wide)).rstrip() for l in lines]
@@ -158,7 +158,7 @@ def claims(name:str, runs:Iterable[Run]) -> pd.DataFrame:
         g = each[(each.method == method) & (each.shot == c.shot) & each.target.isin(targets)]
         g = g[g.groupby('seed').target.transform('nunique') == len(set(targets))]
         if not len(g): raise InputError(f"no run of {method}, {c.shot}-shot, on {', '.join(tables.in_order(targets))}")
-        return g.groupby('seed')[c.metric].mean(), g.pool.iloc[0] or 'none'
+        return g.groupby('seed')[c.metric].mean(), g.support_policy.iloc[0] or 'none'
     for c in CHANGES[name]:
         value = low = high = math.nan
         pools = ''
@@ -168,5 +168,5 @@ def claims(name:str, runs:Iterable[Run]) -> pd.DataFrame:
             value, low, high = _span(change)
             pools, data = f'{pool} against {pool_old}', f"protocol {found.protocol.iloc[0]}, {len(change)} seed{'s' if len(change) != 1 else ''}"
         except InputError as e: data = f'not measured: {e}'
-        rows.append(dict(claim=c.says, metric=tables.METRIC_LABELS[c.metric], paper=c.paper, value=value, low=low, high=high, verdict=verdict(low, high, c.bound), pool=pools, source=c.source, data=data))
+        rows.append(dict(claim=c.says, metric=tables.METRIC_LABELS[c.metric], paper=c.paper, value=value, low=low, high=high, verdict=verdict(low, high, c.bound), support_policy=pools, source=c.source, data=data))
     return pd.DataFrame(rows)
