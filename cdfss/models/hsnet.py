@@ -184,11 +184,17 @@ class HSNet(Segmenter):
         tuned, k = self.tuned_stages, episode.support.shape[1]
         if tuned is None or self.rehearsal_shots != 1: return {}
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
-        def squeezed(i, q, s):
-            match = Match({n: stages[n][:, q] for n in self.levels[i]}, {n: stages[n][:, [s]] for n in self.levels[i]}, fg[:, [s]], bg[:, [s]])
-            return self.learner.squeezed(i, *self.pair(match, self.levels[i]))
-        still = [i for i, level in enumerate(self.levels) if not tuned & {n.split('.')[0] for n in level}]
-        return {f'level {i}': torch.stack([torch.stack([squeezed(i, q, s) for s in range(k) if s != q or k == 1], 1) for q in range(k)], 1) for i in still}
+        def asked(level, t, s):
+            "A squeezed level with support `s` of task `t`, for each other support as query: within the box of its mask, and the same whatever the other tasks are."
+            queries = [q for q in range(k) if q != s] or [s]
+            shown = lambda x: x[t, [s]].expand(len(queries), *x.shape[2:])[:, None]
+            match = Match({n: stages[n][t, queries] for n in level}, {n: shown(stages[n]) for n in level}, shown(fg), shown(bg))
+            return self.learner.squeezed(self.levels.index(level), *self.pair(match, level))
+        def task(level, t):
+            found = [asked(level, t, s) for s in range(k)]
+            return torch.stack([torch.stack([found[s][q - (q > s)] for s in range(k) if s != q or k == 1]) for q in range(k)])
+        still = {i: level for i, level in enumerate(self.levels) if not tuned & {n.split('.')[0] for n in level}}
+        return {f'level {i}': torch.stack([task(level, t) for t in range(len(fg))]) for i, level in still.items()}
 
     def rehearse(self, episode, stages=None):
         held = {n: f for n, f in (stages or {}).items() if n.startswith('level ')}
