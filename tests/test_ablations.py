@@ -113,6 +113,6 @@ def test_an_ablation_is_two_steps(tmp_path, monkeypatch):
         asked.append(settings)
         return [a_run(tmp_path, s['method'].replace('hsl', 'ssp+dsr+hsm+pcmt'), s['seed'], **{k: v for k, v in s.items() if k in ('pcmt_rule', 'hsm_maps', 'checkpoint')}) for s in settings]
     monkeypatch.setattr(ablations, 'run_grid', grid)
-    runs = run_ablation('hsl', [0, 1], epochs=2, scales=True)
+    runs = run_ablation('hsl', [0, 1], epochs=2, scales=True, runs=str(tmp_path))
     assert len(asked[0]) == 16 and len(asked[1]) == 2 and len(runs) == 18 and all(s['epochs'] == 2 and 'scales' not in s for s in asked[0])
     assert {s['checkpoint'] for s in asked[1]} == {str(r.path) for r in runs if r.params['method'].endswith('pcmt') and 'dsr' in r.params['method'] and r.params['pcmt_rule'] == 'pcmt'}

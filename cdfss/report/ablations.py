@@ -29,15 +29,15 @@ def ifa_trainings(seeds:Iterable[int], **common) -> list[dict]:
     "Settings of the trainings of IFA's table, which are tuned on the fixed pool; the same weights untuned are scored beside."
     return [common | c for c in cells(method=['ifa'], seed=seeds)]
 
-def _again(run:Run, kept:dict, **other) -> dict:
+def _again(run:Run, kept:dict, /, **other) -> dict:
     "Settings that score a run's weights with other options, on its own episodes."
     return kept | dict(method=run.params['method'], seed=run.params['seed'], checkpoint=str(run.path), epochs=0, compare=False, track='none', samples=0) | other
 
-def hsl_rescored(runs:Iterable[Run], **common) -> list[dict]:
+def hsl_rescored(runs:Iterable[Run], /, **common) -> list[dict]:
     "Otsu's threshold in place of PCMT's."
     return [_again(r, common, pcmt_rule='otsu') for r in runs if r.params['method'] == 'ssp+dsr+hsm+pcmt' and not r.params['checkpoint']]
 
-def ifa_rescored(runs:Iterable[Run], **common) -> list[dict]:
+def ifa_rescored(runs:Iterable[Run], /, **common) -> list[dict]:
     "A single round of the chain, and the paper's pool with the guard off."
     return [_again(r, common, **o) for r in runs if not r.params['checkpoint'] for o in (dict(ifa_rounds=1), dict(ifa_support_policy='paper', guard=False))]
 
