@@ -1,12 +1,15 @@
 "The ablations of HSL and IFA from made-up run folders in which every effect is known."
 import math
-import numpy as np
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import pytest
 from cdfss.basics import InputError, write_json
 from cdfss.engine.runs import Run
 from cdfss.engine.train import TrainSettings, resolve
 from cdfss.report import ablations
-from cdfss.report.ablations import CHANGES, SCALES, ablation, ablation_text, claims, hsl_rescored, hsl_trainings, ifa_rescored, ifa_trainings, results, row_name, run_ablation
+from cdfss.report.ablations import CHANGES, SCALES, ablation, ablation_text, claims, hsl_rescored, hsl_trainings, ifa_rescored, ifa_trainings, results, row_name, run_ablation, told
+from cdfss.report.figures import PLANS, Study, StudyOptions, make
 
 TARGETS = ('fss', 'deepglobe', 'isic')
 LEVEL = {'ssp': 40, 'ssp+pcmt': 41, 'ssp+dsr': 42, 'ssp+hsm': 43, 'ssp+dsr+hsm': 45, 'ssp+dsr+hsm+pcmt': 46, 'ifa, untuned': 40, 'ifa': 46}
@@ -116,3 +119,24 @@ def test_an_ablation_is_two_steps(tmp_path, monkeypatch):
     runs = run_ablation('hsl', [0, 1], epochs=2, scales=True, runs=str(tmp_path))
     assert len(asked[0]) == 16 and len(asked[1]) == 2 and len(runs) == 18 and all(s['epochs'] == 2 and 'scales' not in s for s in asked[0])
     assert {s['checkpoint'] for s in asked[1]} == {str(r.path) for r in runs if r.params['method'].endswith('pcmt') and 'dsr' in r.params['method'] and r.params['pcmt_rule'] == 'pcmt'}
+
+def test_the_plans_of_a_study_are_the_ablations(tmp_path):
+    for name, runs, methods in (('hsl', hsl_runs(tmp_path/'a', (0,)), {'ssp+pcmt', 'ssp+dsr', 'ssp+hsm', 'hsl'}), ('ifa', ifa_runs(tmp_path/'b', (0,)), {'ifa'})):
+        plan = PLANS[name](StudyOptions(study=name, seeds='0,1', runs=str(tmp_path)))
+        assert {s['method'] for s in plan.runs} == methods and {s['runs'] for s in plan.runs} == {str(tmp_path)} and len({s['seed'] for s in plan.runs}) == 2
+        again = plan.then(runs)
+        assert again and all(s['checkpoint'] and s['epochs'] == 0 and s['runs'] == str(tmp_path) for s in again)
+        for s in (*plan.runs, *again): TrainSettings.make(s)
+
+def test_the_figures_and_the_words(tmp_path):
+    parts = dict(hsl=hsl_runs(tmp_path), ifa=ifa_runs(tmp_path))
+    for name, runs in parts.items(): Study(runs).write(name, tmp_path)
+    made = make(study := Study.read(tmp_path), tmp_path/'figures', ('hsl', 'ifa'), say=lambda line: None)
+    assert list(made) == ['hsl', 'ifa']
+    for name in made:
+        assert len(pd.read_csv(tmp_path/'figures'/f'{name}_claims.csv')) == len(CHANGES[name]) and (tmp_path/'figures'/f'{name}.png').stat().st_size > 5000
+    assert {'fb_iou', 'class_miou_change', 'support_policy'} <= set(pd.read_csv(tmp_path/'figures'/'ifa.csv'))
+    text = told(study)
+    assert 'FB-IoU' in text and 'HOLDS          HSL: DSR gains (+2.62)' in text and 'pool: paper' in text and 'IFA: tuning on the target gains on isic, 1-shot (+10.80)' in text
+    assert told(Study(parts['hsl']), ['hsl']) == told(study, ['hsl'])
+    plt.close('all')

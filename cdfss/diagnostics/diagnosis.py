@@ -21,7 +21,7 @@ from ..engine.evaluate import evaluate
 from ..engine.metrics import METRICS, paired_bootstrap, paired_bootstrap_mean
 from ..engine.protocols import reading as in_words
 from ..engine.runs import Run
-from ..engine.train import epochs_kept, load_segmenter, train
+from ..engine.train import ADAPTED_EPISODES, epochs_kept, load_segmenter, train
 from ..methods.seams import MODULES, build, method_options, parse_recipe
 from ..models.segmenter import Segmenter
 
@@ -271,18 +271,19 @@ class Outcome:
     text: str
     table: pd.DataFrame|None = None
 
-def unseen(subject:Subject, target:str) -> Manifest:
-    "The 1-shot test episodes of a target that are not among those that a diagnosis looks at. Raises `InputError` when there is none."
+def unseen(subject:Subject, target:str, most:int|None=None) -> Manifest:
+    "The 1-shot test episodes of a target that are not among those that a diagnosis looks at, the first `most` of them. Raises `InputError` when there is none."
     whole, seen = subject.manifests[target, 1], set(subject.targets[target][1].ids)
-    at = [k for k, ids in enumerate(whole.ids) if ids not in seen]
+    at = [k for k, ids in enumerate(whole.ids) if ids not in seen][:most]
     if not at: raise InputError(f"{target}: the diagnosis looks at all {len(whole)} test episodes; raise test_episodes")
     return replace(whole, rule=f'{whole.rule}, {len(at)} unseen', episodes=[whole.episodes[k] for k in at], ids=[whole.ids[k] for k in at])
 
 def trial(subject:Subject, recipe:str, other:Segmenter) -> pd.DataFrame:
-    "`other` against the subject on unseen episodes: mIoU of both, the paired difference in points with its 95 % interval, and what it says."
+    """`other` against the subject on unseen episodes: mIoU of both, the paired difference in points with its 95 % interval, and what it says. A recipe that is
+    tuned on every task has `ADAPTED_EPISODES` a target."""
     pairs = {}
     for t, (store, _) in subject.targets.items():
-        manifest = unseen(subject, t)
+        manifest = unseen(subject, t, ADAPTED_EPISODES if parse_recipe(recipe).adapts else None)
         pairs[t] = [evaluate({'one': s}, store, manifest, epoch=0, device=subject.settings.device) for s in (subject.segmenter, other)]
     rows = [(t, *map(METRICS['class_miou'], p), *paired_bootstrap(*p)) for t, p in pairs.items()]
     if len(rows) > 1: rows.append(('mean', *np.mean([r[1:3] for r in rows], axis=0), *paired_bootstrap_mean(pairs.values())))
@@ -299,7 +300,8 @@ def try_suggestion(subject:Subject, reading:Reading, how:str='auto') -> Outcome:
         other, made = build(new, subject.segmenter.backbone, {k: getattr(s, k) for k in method_options()} | reading.options).eval(), 'on the same weights'
     elif how == 'weights': return Outcome(f'{reading.recipe} acts in training, so that its test is a run of its own: allow it with trial=train, or train it and compare.')
     else:
-        run = train(replace(s, method=str(new), weights=subject.start, **reading.options), say=lambda line: None)
+        few = dict(shots='1', test_episodes=ADAPTED_EPISODES) if new.adapts else {}                  # the trial has episodes of its own
+        run = train(replace(s, method=str(new), weights=subject.start, **few, **reading.options), say=lambda line: None)
         other, made = load_segmenter(run).to(s.device), f'trained for this test ({run.path.name})'
     table = trial(subject, reading.recipe, other)
     last = table.iloc[-1]

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'ABLATIONS', 'ORDER', 'VALUES', 'BASE', 'CHANGES', 'hsl_trainings', 'ifa_trainings', 'hsl_rescored',
-           'ifa_rescored', 'run_ablation', 'row_name', 'results', 'ablation', 'ablation_text', 'Change', 'claims']
+           'ifa_rescored', 'run_ablation', 'row_name', 'results', 'ablation', 'ablation_text', 'Change', 'claims',
+           'told']
 
 # %% ../../nbs/report/60_ablations.ipynb #b6debf4f
 import math
@@ -14,7 +15,8 @@ from ..engine.grid import cells, run_grid
 from ..engine.metrics import seed_interval
 from ..engine.runs import Run
 from . import tables
-from .claims import verdict
+from .claims import to_text, verdict
+from .figures import Study
 
 # %% ../../nbs/report/60_ablations.ipynb #25975b52
 SCALES = ('slic-5', 'slic-10', 'slic-15', 'slic-20')
@@ -170,3 +172,14 @@ def claims(name:str, runs:Iterable[Run]) -> pd.DataFrame:
         except InputError as e: data = f'not measured: {e}'
         rows.append(dict(claim=c.says, metric=tables.METRIC_LABELS[c.metric], paper=c.paper, value=value, low=low, high=high, verdict=verdict(low, high, c.bound), support_policy=pools, source=c.source, data=data))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/report/60_ablations.ipynb #2370b1d9
+def told(study:Study, names:Iterable[str]|None=None) -> str:
+    "Table and verdicts of the ablations (`names` None: those whose plan the study followed)."
+    out = []
+    for name in names if names is not None else [n for n in ABLATIONS if n in study.parts]:
+        runs = study.part(name).runs
+        said = claims(name, runs)
+        said = said.assign(paper=name.upper(), unit=said.metric + ', points', claim=[c if math.isnan(p) else f'{c} ({p:+.2f})' for c, p in zip(said.claim, said.paper)])
+        out += [ablation_text(ablation(runs, BASE[name]), 'mean'), to_text(said)]
+    return '\n\n'.join(out)

@@ -137,9 +137,6 @@ CLAIMS = (
     Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far), plan='lfm'),
     Claim('PAHNet', 'prototype predictions are conservative: precision above recall', 'pahnet.md, claims', _points, lean('prototype', -1)),
     Claim('PAHNet', 'affinity predictions are aggressive: recall above precision', 'pahnet.md, claims', _points, lean('affinity', 1)),
-    Claim('HSL', 'DSR gains (+2.62)', 'hsl.md, ablation R50', _points, gain('ssp+dsr', 'ssp')),
-    Claim('HSL', 'HSM gains (+3.10)', 'hsl.md, ablation R50', _points, gain('ssp+hsm', 'ssp')),
-    Claim('HSL', 'PCMT gains beside DSR and HSM (+1.26)', 'hsl.md, ablation R50', _points, gain('ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm')),
 )
 
 # %% ../../nbs/report/59_claims.ipynb #d4bb14dd
