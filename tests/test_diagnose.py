@@ -1,7 +1,7 @@
 "Subjects, what is kept beside a run, and the diagnose notebook as a user starts it."
 import json, shutil, subprocess, sys
 from pathlib import Path
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 from cdfss.basics import InputError
 from cdfss.diagnostics import diagnosis
 from cdfss.diagnostics.subject import open_subject
@@ -56,6 +56,17 @@ def test_what_was_computed_is_kept_until_the_question_or_the_code_changes(run, m
     diagnosis.diagnose(subject, 'errors', episodes=6)
     assert calls == [4, 6, 6]
     with pytest.raises(InputError, match="unknown diagnostic 'error': did you mean 'errors'"): diagnosis.diagnose(run, 'error')
+
+def test_stages_trains_its_runs_and_finds_them_again(run):
+    subject = open_subject(run.path, runs=str(run.path.parent))
+    found = diagnosis.diagnose(subject, 'stages', seeds=(0,), freeze=('none', 'stem'))
+    f = found['stages']
+    assert f[f.freeze == 'none'].method.unique() == ['ssp'] and set(f.freeze) == {'none', 'stem'} and np.isfinite(f[f.freeze == 'stem'].change).all() and len(found['paper']) == 15
+    trained = {p.name for p in run.path.parent.glob('ssp+lcm-*')}
+    assert run.path.name in trained                                        # freezing none with this seed is the run itself
+    diagnosis.diagnose(open_subject(run.path, runs=str(run.path.parent)), 'stages', seeds=(0,), freeze=('none', 'stem'), episodes=6)
+    assert {p.name for p in run.path.parent.glob('ssp+lcm-*')} == trained
+    assert 'stem frozen' in diagnosis.read('ssp+lcm', ('stem',), 'voc', True, {'stages': found}).text and 'stages' not in diagnosis.applicable(subject)
 
 def test_a_suggestion_is_tried(run):
     subject = open_subject(run.path)

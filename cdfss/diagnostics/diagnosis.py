@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'FINDINGS', 'DiagnoseOptions', 'trained_as', 'kept', 'diagnose', 'diagnose_runs', 'Finding',
            'over_targets', 'first_of', 'sharpness_finding', 'activations_finding', 'cka_finding', 'frequency_finding',
-           'errors_finding', 'granularity_finding', 'calibration_finding', 'trajectory_finding', 'Reading', 'read',
-           'applicable', 'introduction', 'read_subject', 'Outcome', 'unseen', 'trial', 'try_suggestion']
+           'errors_finding', 'granularity_finding', 'calibration_finding', 'stages_finding', 'trajectory_finding',
+           'Reading', 'read', 'applicable', 'introduction', 'read_subject', 'Outcome', 'unseen', 'trial',
+           'try_suggestion']
 
 # %% ../../nbs/diagnostics/49_diagnosis.ipynb #60b2cf83
 import importlib, inspect, json, math
@@ -21,7 +22,7 @@ from ..engine.evaluate import evaluate
 from ..engine.metrics import METRICS, paired_bootstrap, paired_bootstrap_mean
 from ..engine.protocols import reading as in_words
 from ..engine.runs import Run
-from ..engine.train import ADAPTED_EPISODES, epochs_kept, load_segmenter, train
+from ..engine.train import ADAPTED_EPISODES, epochs_kept, load_segmenter, numbers, train
 from ..methods.seams import MODULES, build, method_options, parse_recipe
 from ..models.segmenter import Segmenter
 
@@ -34,7 +35,8 @@ QUESTIONS = dict(
     errors='Are the answers conservative or aggressive?',
     granularity='At which scale do parts of one object look alike?',
     calibration="What are LCM's numbers worth?",
-    trajectory='Did the targets fall while the source was learned?')
+    trajectory='Did the targets fall while the source was learned?',
+    stages='Is it better to freeze shallow stages than to train all? (Trains a grid of runs.)')
 
 @dataclass(frozen=True)
 class DiagnoseOptions(Options):
@@ -48,10 +50,13 @@ class DiagnoseOptions(Options):
     data_root:str|None     = option(None, "folder of the data sets (None: the run's own, or the built-in miniature)")
     targets:str|None       = option(None, "target data sets, comma separated (None: the run's own, or all)")
     test_episodes:int|None = option(None, "test episodes a target (None: the run's own, or the protocol's)", low=1)
-    runs:str               = option('runs', "folder for the run of a trial")
+    runs:str               = option('runs', "folder for the run of a trial, and for those that `stages` trains")
+    seeds:str              = option('0,1,2', "seeds of the runs that `stages` trains, comma separated")
 
     @property
     def settings(self) -> dict: return {k: v for k in ('data_root', 'targets', 'test_episodes', 'runs') if (v := getattr(self, k)) is not None}
+
+    def asked(self, name:str) -> dict: return dict(episodes=self.episodes, seed=self.seed) | (dict(seeds=numbers(self.seeds, 'seeds', low=0)) if name == 'stages' else {})
 
 def trained_as(run:Run) -> str:
     "The recipe less what acts at test alone: runs that share it have equal weights."
@@ -76,7 +81,10 @@ def diagnose(what:Subject|Run, name:str, recipe:str|None=None, *, episodes:int=6
     run = what if isinstance(what, Run) else what.run
     how = dict(episodes=episodes, seed=seed, options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}, code=file_hash(module.__file__)[:12])
     if run and (found := kept(run, name, recipe, how)) is not None: return found
-    if 'runs' in inspect.signature(module.study).parameters:
+    if name == 'stages':
+        settings = (what if isinstance(what, Subject) else open_subject(run.path)).as_trained()
+        frames = module.study(module.run_stages(**({'seeds': (0, 1, 2)} | options), **settings))
+    elif 'runs' in inspect.signature(module.study).parameters:
         if run is None: raise InputError(f"{name} looks at a training run: give the folder of one")
         frames = module.study([run])
     else:
@@ -209,6 +217,12 @@ def calibration_finding(frames, home:str, method:str) -> Finding:
     return Finding(f"{said}; best on the mean of the targets: {_and(f'{k[4:]} {v:g}' if not isinstance(v, str) else f'{k[4:]} {v}' for k, v in o.items())}.",
                    modules=('lcm',) if real else (), options=o if real else {})
 
+def stages_finding(frames, home:str, method:str) -> Finding:
+    f = frames['stages']
+    frozen = f[(f['freeze'] != 'none') & (f['target'] == ('mean' if 'mean' in set(f['target']) else f['target'].iloc[0]))]
+    each = (f"{r.freeze} frozen {r.change:+.1f} points" + ('' if np.isnan(r.change_low) else f" [{r.change_low:+.1f}, {r.change_high:+.1f}], {r.reading}") for r in frozen.itertuples())
+    return Finding(f"Against training all stages, {int(frozen['seeds'].min())} seeds: {'; '.join(each)}.")
+
 def trajectory_finding(frames, home:str, method:str) -> Finding:
     f = _split(frames['falls'], home)
     fell = f[(f['fair_low'] > 0) & (f['method'].str.split(',').str[0] == method)]
@@ -253,8 +267,8 @@ def read(method:str, stages:Iterable[str], home:str, trained:bool, found:dict[st
     return Reading('\n\n'.join([*lines, f'**Suggested.** {suggested}{with_}.']), suggested, options)
 
 def applicable(subject:Subject) -> list[str]:
-    "The diagnostics that make sense: those of training need a run."
-    return [d for d in QUESTIONS if subject.run or d != 'trajectory']
+    "The diagnostics that belong on one page: those of training need a run, and what trains runs of its own is asked for by name."
+    return [d for d in QUESTIONS if d != 'stages' and (subject.run or d != 'trajectory')]
 
 def introduction(subject:Subject, episodes:int) -> str:
     "What is looked at, as Markdown."

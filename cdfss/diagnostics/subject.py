@@ -38,6 +38,12 @@ class Subject:
         if self.run is None: return self.segmenter
         return segmenter_of(resolve(replace(self.settings, weights=self.start))).to(self.settings.device).eval()
 
+    def as_trained(self) -> dict:
+        "Settings of `train` for runs like this one: its own, or those of a recipe's first training; without seed and freezing."
+        usual = TrainSettings().dict()
+        s = {k: v for k, v in self.settings.dict().items() if v != usual[k] and k not in ('seed', 'freeze', 'device')} | dict(weights=self.start)
+        return s if self.run else s | dict(epochs=None)
+
 def open_subject(what:str|Path, **settings) -> Subject:
     """The subject that `what` names: a run folder, or a recipe. `settings` replace those of the run, or the defaults (`data_root`, `targets`, `seed`, ...).
     Raises `InputError` for a name that is neither, and for data that cannot be used."""
