@@ -82,8 +82,7 @@ def ablation_plan(name:str, **plan) -> Callable[[StudyOptions], Plan]:
         return Plan(trainings(report.numbers(o.seeds, 'seeds', low=0), **common), then=lambda runs: rescored(runs, **common))
     return made
 
-PLANS.register('hsl')(ablation_plan('hsl', epochs=6, fit_episodes=400, shots='1'))
-PLANS.register('ifa')(ablation_plan('ifa', epochs=6, fit_episodes=400, test_episodes=200))
+for name, shots in (('hsl', '1'), ('ifa', '1,5')): PLANS.register(name)(ablation_plan(name, epochs=6, fit_episodes=400, shots=shots, test_episodes=200, track='none'))
 
 # %% ../../nbs/report/58_figures.ipynb #be00da0c
 @dataclass(frozen=True)
