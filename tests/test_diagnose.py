@@ -2,7 +2,7 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from cdfss.basics import InputError
+from cdfss.basics import InputError, write_json
 from cdfss.diagnostics import diagnosis
 from cdfss.diagnostics.subject import open_subject
 from cdfss.engine.runs import Run
@@ -21,6 +21,17 @@ def test_a_run_is_opened_as_it_was(run):
     assert {f'{t}-{k}shot': m.hash for (t, k), m in subject.manifests.items()} == run.metrics['manifests']
     own, before = (next(s.backbone.parameters()).detach() for s in (subject.segmenter, subject.pretrained()))
     assert not own.equal(before) and subject.start == 'auto'
+
+def test_a_run_of_an_earlier_version_is_opened(run, tmp_path):
+    "An option of another method that was renamed since does not matter; one of its own does."
+    old = Run(shutil.copytree(run.path, tmp_path/'old'))
+    for name, wrong in (('ifa_pool', None), ('lcm_gone', r'lcm_gone: ssp\+lcm has no such option any more')):
+        write_json(old.path/'params.json', run.params | {name: 'fixed'})
+        write_json(old.path/'weights.json', (d := run.json('weights')) | dict(options=d['options'] | {name: 'fixed'}))
+        for act in (lambda: open_subject(old.path).segmenter, lambda: load_segmenter(Run(old.path))):
+            if wrong is None: assert next(act().backbone.parameters()).equal(next(load_segmenter(run).backbone.parameters()))
+            else:
+                with pytest.raises(InputError, match=wrong): act()
 
 def test_epochs_that_were_kept_are_looked_at_one_by_one(run):
     settings = {k: v for k, v in run.params.items() if k in TrainSettings.__dataclass_fields__}

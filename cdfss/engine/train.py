@@ -27,7 +27,7 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, used_options
+from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
 from ..models.backbones import BackboneOptions, create_backbone, read_state, resolve_backbone
 from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
@@ -426,7 +426,7 @@ def load_segmenter(run:Run|str|Path, recipe:str|None=None, epoch:int|None=None) 
     d, path = run.json('weights'), run.path/('weights.safetensors' if epoch is None else f'epochs/{epoch}.safetensors')
     if epoch is not None and not path.exists(): raise InputError(f"epoch={epoch}: {run.path} keeps the weights of epochs {epochs_kept(run) or 'none'}; train with keep_epochs=True")
     old, new = parse_recipe(d['recipe']), parse_recipe(recipe or d['recipe'])
-    segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), d['options'])
+    segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), still_known(old, d['options']))
     try: state = load_file(path)
     except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
     plug(segmenter, new, old, state, path)
