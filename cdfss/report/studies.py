@@ -100,10 +100,10 @@ def draw_correlation(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=No
     for ax, target in zip(axes, targets):
         for condition, f in frame[frame.target == target].groupby('condition', sort=False):
             _interval(ax, f.r, f, 'value', _CONDITION.get(condition.split(':')[0], GREY), condition.replace(': ', ':\n'))
-        ax.set_title(target); ax.set_xlabel('|r| between channels')
+        ax.set_title(target); ax.set_xlabel('|r|')
         if _named(frame): ax.legend(fontsize=5.5, handlelength=1)
     if not _named(frame): axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
-    axes[0].set_ylabel('share of pairs below')
+    axes[0].set_ylabel('share of channel pairs below')
     return axes[0].figure
 
 @house
