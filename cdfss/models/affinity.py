@@ -84,13 +84,13 @@ class Ensemble(nn.Module):
         return torch.cat([self.base(torch.cat([bg, known[:, None]], 1)), fg], 1)
 
 # %% ../../nbs/models/14_affinity.ipynb #4dcf3f33
-def two_priors(query:Float[Tensor, "b c h w"], support:Float[Tensor, "b k c h w"], fg:Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k 2 h w"], Float[Tensor, "b k"]]:
-    "Both maps of one level, and the largest cosine with the foreground."
-    b, k = fg.shape[:2]
-    f = query.repeat_interleave(k, 0)
-    near, far = (cosine(f, gap(support, m).flatten(0, 1)).unflatten(0, (b, k)) for m in (fg, 1 - fg))
-    maps = torch.stack([minmax(near), F.relu(near - far)], 2)
-    return maps, maps[:, :, 1].amax((-2, -1))
+def two_priors(query:Float[Tensor, "b c hq wq"], support:Float[Tensor, "b k c hs ws"], fg:Float[Tensor, "b k h w"]) -> tuple[Float[Tensor, "b k 2 h w"], Float[Tensor, "b k 2"]]:
+    "Two maps of one level at the mask's size, and the largest value of each."
+    (b, k), size = fg.shape[:2], fg.shape[2:]
+    f, s = query.repeat_interleave(k, 0), resize(support, size)
+    near, far = (resize(minmax(cosine(f, gap(s, m).flatten(0, 1)))[:, None], size) for m in (fg, 1 - fg))
+    maps = torch.cat([near, F.relu(near - far)], 1).unflatten(0, (b, k))
+    return maps, maps.amax((-2, -1))
 
 # %% ../../nbs/models/14_affinity.ipynb #af61d12d
 GUIDE = 64      # cells a side of the prototype predictor's answer (pahnet.md)
@@ -179,11 +179,11 @@ class Affinity(Segmenter):
         if self.base is None: return [(q, s)]
         return [(q, s), (self.base.features(q), self.base.features(s.flatten(0, 1)).unflatten(0, s.shape[:2]))]
 
-    def guided_prior(self, match:Match, levels) -> Float[Tensor, "b 2 h w"]:
-        "PAHNet's two prior maps, the mean over the shots."
-        maps, best = zip(*(two_priors(q, s, resize_mask(match.fg, q.shape[-2:])) for q, s in levels))
+    def guided_prior(self, match:Match, levels, size) -> Float[Tensor, "b 2 h w"]:
+        "PAHNet's two prior maps, each of the level where it reaches higher; the mean over the shots."
+        maps, best = zip(*(two_priors(q, s, resize_mask(match.fg, size)) for q, s in levels))
         at = torch.stack(best).argmax(0)
-        return torch.stack(maps).gather(0, at[None, ..., None, None, None].expand(1, *maps[0].shape))[0].mean(1)
+        return torch.stack(maps).gather(0, at[None, ..., None, None].expand(1, *maps[0].shape))[0].mean(1)
 
     def squeezed(self, net:nn.Module, stages:dict[str, Tensor]) -> Float[Tensor, "*n c h w"]:
         "The two middle stages in `dim` channels."
@@ -193,7 +193,7 @@ class Affinity(Segmenter):
     def ensemble(self, meta:Float[Tensor, "b 2 h w"], match:Match, levels) -> dict[str, Tensor]:
         "The answer beside the few-shot answer `meta`; without a base learner they are the same."
         if self.base is None: return dict(scores=meta, meta=meta)
-        base = resize(self.base(levels[1][0]), meta.shape[-2:])
+        base = self.base(resize(levels[1][0], meta.shape[-2:]))
         known = base.softmax(1)[:, 1:]
         if self.phase == 'fit' and match.cls is not None: known = known * (torch.arange(known.shape[1], device=known.device) != match.cls[:, None])[..., None, None]
         low = self.reads[0]

@@ -63,9 +63,10 @@ class SelfLayer(nn.Module):
         y = self.norm1(x)
         small, bias = y, None
         if self.sr is not None:
-            small = self.norm(tokens(self.sr(grid(y, size))))
+            reduced = self.sr(grid(y, size))
+            small, small_size = self.norm(tokens(reduced)), reduced.shape[-2:]
             if gate is not None:
-                few = nearest(fg.unflatten(1, tuple(size)), [n // self.reduce for n in size]).flatten(1)
+                few = resize_mask(fg.unflatten(1, tuple(size)), small_size).flatten(1)
                 bias = -100. * ~gate.same(fg, few)[:, None]                               # not -inf: a token may find none of its label
         x = x + self.drop(self.attn.merge(F.scaled_dot_product_attention(*self.attn(y, small), bias)))
         return x + self.ffn(self.norm2(x), size)
@@ -82,13 +83,14 @@ class MatchLayer(nn.Module):
     def forward(self, a:Attention) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n"]]:
         "The query's tokens after the layer, and the correlation map."
         q, k, v = self.attn(self.norm1(a.query), self.norm1(a.support))
-        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT / self.temperature
+        likeness = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT / self.temperature
+        logits = likeness
         if a.gate:
             weight, allowed = a.gate.cross(a.sharp, a.fg)
-            logits, share = logits * weight, a.gate.share(a.sharp, a.fg)
-        else: allowed = share = a.fg[:, None].expand(-1, logits.shape[2], -1)
+            logits, share = likeness * weight, a.gate.share(a.sharp, a.fg)
+        else: allowed = share = a.fg[:, None].expand(-1, likeness.shape[2], -1)
         kept = logits.softmax(-2) * allowed[:, None]
-        seen = (logits * share[:, None]).sum(-1) / (share.sum(-1) + 1e-9)[:, None]
+        seen = (likeness * share[:, None]).sum(-1) / (share.sum(-1) + 1e-9)[:, None]
         x = a.query + self.drop(self.attn.merge(kept @ v))
         return x + self.ffn(self.norm2(x), a.size), seen.mean(1)
 
@@ -208,7 +210,7 @@ class HDMNet(Affinity):
         b, k, size = *match.fg.shape[:2], q.shape[-2:]
         prototype = gap(s, resize_mask(match.fg, size))
         spread = lambda p: p[..., None, None].expand(*p.shape, *size)
-        if self.plus: priors = self.guided_prior(match, levels)
+        if self.plus: priors = self.guided_prior(match, levels, size)
         else: priors = torch.stack([largest_cosine(*level, match.fg) for level in reversed(levels)], 1)
         s = self.merge_support(torch.cat([s, spread(prototype)], 2).flatten(0, 1)).unflatten(0, (b, k))
         q = self.merge_query(torch.cat([q, spread(prototype.mean(1)), 10*priors], 1))

@@ -107,7 +107,7 @@ class ASPP(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 1) if d is None else nn.Conv2d(dim, dim, 3, padding=d, dilation=d) for d in (None, None, 6, 12, 18))
 
-    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 5c h w"]:
+    def forward(self, x:Float[Tensor, "b c h w"]) -> Float[Tensor, "b 5*c h w"]:
         return torch.cat([F.relu(conv(x if i else x.mean((2, 3), keepdim=True))).expand(-1, -1, *x.shape[2:]) for i, conv in enumerate(self.convs)], 1)
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SCCAN(Affinity):
         fg, levels = resize_mask(match.fg, size), self.levels(match)
         q, s = (resize(self.squeezed(net, f), size) for net, f in ((self.squeeze_query, match.query), (self.squeeze_support, match.support)))
         prototype, mask = gap(s, fg).mean(1)[:, :, None, None].expand_as(q), fg.mean(1)
-        if self.plus: prior, s = resize(self.guided_prior(match, levels), size), s.mean(1)
+        if self.plus: prior, s = self.guided_prior(match, levels, size), s.mean(1)
         else:
             each = mask_prior(match.query[deep].repeat_interleave(k, 0), resize(match.support[deep], size).flatten(0, 1), fg.flatten(0, 1))
             prior, s = resize(each[:, None], size).unflatten(0, (-1, k)).mean(1), (s * fg[:, :, None]).mean(1)
