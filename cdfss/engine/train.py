@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from ..basics import InputError, Options, atomic_write, file_hash, option, write_json
+from ..data.folds import fold_classes, without_novel
 from ..data.images import ImageStore
 from ..data.layouts import DATASETS, DataSet, open_dataset
 from ..data.guard import Ledger, check_leakage
@@ -43,9 +44,10 @@ class RunOptions(Options):
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
     size:int|None          = option(None, "working resolution in pixels", low=32)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
-    min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's rule: 2048)", low=1)
+    min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's and BAM's rule: 2048)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
-    protocol:str           = option('patnet', "named protocol: test splits, episode rule and counts (nbs/protocols.ipynb)", choices=[p for p in PROTOCOLS if not PROTOCOLS[p].folds])
+    protocol:str           = option('patnet', "named protocol: test splits, episode rule and counts (nbs/protocols.ipynb)", choices=PROTOCOLS)
+    fold:int|None          = option(None, "with pascal-5i and coco-20i: the fold, 0 to 3, whose classes are the target; the others are the source", low=0, high=3)
     manifest:str|None      = option(None, "episode manifests to use instead: a .json file, a folder of them, or several with commas between")
     nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
@@ -135,7 +137,12 @@ def resolve(settings:Options) -> Options:
         raise InputError(f"weights={s.weights}: no such file; give a .safetensors or .pth file, hub or none")
     if s.data_root is not None and not Path(s.data_root).is_dir():
         raise InputError(f"data_root={s.data_root}: no such folder; give the folder that holds VOC2012, ISIC, ..., or None for the built-in miniature")
-    for name in (s.source, *names(s.targets)): DATASETS[name]
+    rules = PROTOCOLS[s.protocol]
+    rules.split(s.source, s.fold)                                          # refuses a protocol of folds without one, and the other way round
+    if rules.folds:
+        if s.manifest: raise InputError(f"manifest={s.manifest}: episodes of a fold are drawn by protocol={s.protocol}; leave it out")
+        s = dataclasses.replace(s, source=rules.targets[0].dataset, targets=f'{rules.targets[0].dataset}-fold{s.fold}')
+    for name in (s.source, *(() if rules.folds else names(s.targets))): DATASETS[name]
     if not names(s.targets): raise InputError("targets='': name at least one data set, e.g. isic,chest")
     if s.source in names(s.targets): raise InputError(f"targets={s.targets}: the source '{s.source}' is among the targets, so nothing would be cross-domain")
     listed = lambda values: ','.join(map(str, values))                     # one spelling for equal lists, so that equal runs are one run
@@ -203,22 +210,35 @@ def excerpt(manifest:Manifest, n:int) -> Manifest:
 def _fingerprint(dataset:DataSet, positions=None) -> str:
     return (dataset if positions is None else dataclasses.replace(dataset, items=[dataset.items[p] for p in positions])).fingerprint()
 
+def _fold(s:Options, root:Path, rules) -> tuple[DataSet, DataSet, DataSet]:
+    "Base classes on the training images, base classes on the test images, novel classes on the test images."
+    split = rules.split(s.source, s.fold)                                         # of the target, e.g. val0
+    trn, held, novel = (open_dataset(s.source, root, name, s.on_error, s.min_area) for name in (split.replace('val', 'trn'), 'val', split))
+    classes = set(fold_classes(len(trn.classes), s.fold, rules.folds))
+    if rules.novel == 'dropped': trn = without_novel(trn, classes)
+    return trn, held.without(i for i, item in enumerate(held.items) if item.cls in classes), novel
+
 def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     """Open and check the data of resolved settings and draw the test episodes. Raises `InputError` for weights that do not fit and for a faulty file,
     unless `on_error='skip'`, which leaves faulty files out and reports them through `say`."""
     segmenter = segmenter_of(s)                                                   # weights that do not fit are found before files are read
     root = Path(s.data_root) if s.data_root else miniature_root()
     shots, store = numbers(s.shots, 'shots'), lambda d: ImageStore(d, s.size, workers=s.workers, on_error=s.on_error)
-    kw = dict(min_area=s.min_area) if s.source == 'voc' else {}
-    source = _ready(store(open_dataset(s.source, root, 'trn' if s.source == 'voc' else None, s.on_error, **kw)))
-    held = open_dataset('voc', root, 'val', s.on_error, **kw) if s.source == 'voc' else source.dataset
-    validation = _ready(store(dataclasses.replace(held, on_error='skip')))       # a rare class is left out of validation, not an error
-    rules, targets, manifests, followed, prints = PROTOCOLS[s.protocol], {}, {}, {}, {}
+    rules = PROTOCOLS[s.protocol]
     opener = lambda name, split: open_dataset(name, root, split, s.on_error)
+    if rules.folds: trn, held, novel = _fold(s, root, rules)
+    else:
+        kw = dict(min_area=s.min_area) if s.source == 'voc' else {}
+        trn = open_dataset(s.source, root, 'trn' if s.source == 'voc' else None, s.on_error, **kw)
+        held = open_dataset('voc', root, 'val', s.on_error, **kw) if s.source == 'voc' else None
+    source = _ready(store(trn))
+    validation = _ready(store(dataclasses.replace(source.dataset if held is None else held, on_error='skip')))       # a rare class is left out of validation, not an error
+    targets, manifests, followed, prints = {}, {}, {}, {}
+    tested = lambda name: novel if rules.folds else opener(name, rules.split(name))
     given = load_manifests(s.manifest, opener) if s.manifest else {}
     for name in dict.fromkeys(n for n, _ in given) if given else names(s.targets):
         if given: drawn = {k: m for (n, k), m in given.items() if n == name}
-        candidate = store(next(iter(drawn.values())).opened if given else opener(name, rules.split(name)))
+        candidate = store(next(iter(drawn.values())).opened if given else tested(name))
         while True:
             if not given:
                 nest, how = RULES[rules.rule].nests if s.nest is None else s.nest, (s.test_seed, s.test_episodes)
@@ -235,7 +255,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     prints[s.source] = _fingerprint(source.dataset)
     sets = [source.dataset, validation.dataset, *(t.dataset for t in targets.values())]
     for line in dict.fromkeys(p for d in sets for p in d.problems): say(f'left out: {line}')
-    apart = [m for n, m in followed.items() if n != s.source or held is not source.dataset]    # a source without a split of its own validates on itself
+    apart = [m for n, m in followed.items() if n != s.source or held is not None]    # a source without a split of its own validates on itself
     guard = check_leakage([*manifests.values(), *apart], source.dataset, on=s.guard)
     at = lambda name: _used([followed[name], *(m for (n, _), m in manifests.items() if n == name)])
     for each, positions, fit in ((source, None, True), (validation, at(s.source), False), *((t, at(n), False) for n, t in targets.items())):
