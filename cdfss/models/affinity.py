@@ -168,10 +168,15 @@ class Affinity(Segmenter):
         if self.predictor is None: return match
         with torch.no_grad(): return replace(match, guide=guide_of(self.predictor, self.predictor.match(episode)))
 
+    @property
+    def predicts(self) -> SSP|None:
+        "The prototype predictor that guides the modules at `attend`; None without such a module."
+        return (self.predictor or self.own_predictor[0]) if self.plus else None
+
     def guide(self, match:Match) -> Float[Tensor, "b g g"]|None:
         "The prototype predictor's foreground probability; None where no module asks for it."
         if not self.plus or match.guide is not None: return match.guide
-        with torch.no_grad(): return guide_of(self.own_predictor[0], match)
+        with torch.no_grad(): return guide_of(self.predicts, match)
 
     def levels(self, match:Match) -> list[tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k c h w"]]]:
         "Query and support of the deep levels that priors are made of: the last stage's, and the base learner's."
