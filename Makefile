@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 METHOD ?= lcm
+STUDY  ?= loec
 ARGS   ?=
 
 # the system's certificates, so that set-up works behind a company's proxy (both names: uv renamed it)
@@ -47,10 +48,10 @@ lock:
 wheel: setup
 	$(BIN)/python -m build --wheel
 
-# the grid of runs on the miniature behind the figures, and the diagnostics of each; resumable
+# the grid of runs on the miniature behind the figures, and the diagnostics of each: STUDY=loec or lfm; resumable
 study: setup
 	@mkdir -p runs
-	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/study.ipynb runs/study.ipynb $(ARGS) --log-output --no-progress-bar
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/study.ipynb "runs/study-$(STUDY).ipynb" -p study "$(STUDY)" $(ARGS) --log-output --no-progress-bar
 
 # figures/ and the verdicts on the papers' claims, from the study's records alone
 figures: setup

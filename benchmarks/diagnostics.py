@@ -2,7 +2,8 @@
 
 CKA: all pairs of 16 layers of two nets on 512 images, features made beforehand, against the packages torch_cka (fed by modules that replay the features) and
 pytorch-cka; then the peak memory of 60 layers x 1024 images.  Sharpness: 4 stages x 8 draws of feature noise, against the plain way (the whole net for
-every stage and draw, batches of episodes), with the same noise, so that the losses must agree.
+every stage and draw, an episode at a time as published evaluators do, and batches of episodes), with the same noise, so that the losses must agree.
+Beside the seconds stands the processor's time, which other work on the machine does not stretch.
 
     python benchmarks/diagnostics.py                                          everything, miniature's net for sharpness
     python benchmarks/diagnostics.py --backbone resnet50 --size 224 --episodes 8    a larger net, random weights
@@ -63,14 +64,14 @@ def cka_table(a):
     for n in range(a.repeats + 1):                          # interleaved; the first round warms up
         for name, f in ways.items():
             if name == 'torch_cka' and n > 2: continue
-            t0 = time.perf_counter()
+            t0, c0 = time.perf_counter(), time.process_time()
             values[name] = f(xs, ys)
-            if n: seconds[name].append(time.perf_counter() - t0)
+            if n: seconds[name].append((time.perf_counter() - t0, time.process_time() - c0))
     print(f"CKA of all pairs of {len(xs)} layers of two nets, n={a.images}, widths {WIDTHS[0]} to {WIDTHS[-1]}, float32, {torch.get_num_threads()} threads")
-    print(f"{'way':>12} {'seconds':>9} {'ratio':>7} {'largest difference from float64':>33}")
-    ours = statistics.median(seconds['ours'])
-    for name, s in seconds.items():
-        print(f"{name:>12} {statistics.median(s):9.4f} {statistics.median(s)/ours:7.2f} {(torch.as_tensor(values[name]).double() - truth).abs().max():33.2e}")
+    print(f"{'way':>12} {'seconds':>9} {'ratio':>7} {'processor s':>12} {'ratio':>7} {'largest difference from float64':>33}   (median of rounds)")
+    middle = {name: [statistics.median(v) for v in zip(*s)] for name, s in seconds.items()}
+    for name, (wall, busy) in middle.items():
+        print(f"{name:>12} {wall:9.4f} {wall/middle['ours'][0]:7.2f} {busy:12.4f} {busy/middle['ours'][1]:7.2f} {(torch.as_tensor(values[name]).double() - truth).abs().max():33.2e}")
 
 def cka_memory(layers=60, images=1024, width=2048):
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
@@ -110,18 +111,18 @@ def sharpness_table(a):
     weights = 'auto' if a.backbone == 'miniature' else 'none'
     segmenter = build('ssp', create_backbone(BackboneOptions(backbone=a.backbone, weights=weights))).eval().to(memory_format=torch.channels_last)
     store.ensure()
-    t0 = time.perf_counter()
-    frame = disturbed(segmenter, store, manifest, 'feature', strengths=(.2,), draws=a.draws)
-    ours, mine = time.perf_counter() - t0, frame[frame.stage != ''].groupby('stage').loss.mean()
+    def timed(f):
+        t0, c0 = time.perf_counter(), time.process_time()
+        return f(), time.perf_counter() - t0, time.process_time() - c0
+    frame, ours, busy = timed(lambda: disturbed(segmenter, store, manifest, 'feature', strengths=(.2,), draws=a.draws))
+    mine = frame[frame.stage != ''].groupby('stage').loss.mean()
     images = len({p for q, s, _ in manifest.episodes for p in (q, *s)})
     print(f"\nsharpness, {a.backbone} at {a.size} px: {len(segmenter.backbone.names)} stages x {a.draws} draws x {len(manifest)} episodes over {images} images of {a.data}")
-    print(f"{'way':>32} {'seconds':>9} {'ratio':>7} {'largest difference of a mean loss':>35}")
-    print(f"{'ours':>32} {ours:9.2f} {1:7.2f}")
-    for batch in (16, 1):
-        t0 = time.perf_counter()
-        theirs = plain(segmenter, store, manifest, a.draws, .2, batch)
-        s = time.perf_counter() - t0
-        print(f"{f'plain, {batch} episode(s) at a time':>32} {s:9.2f} {s/ours:7.2f} {max(abs(mine[k] - v) for k, v in theirs.items()):35.1e}", flush=True)
+    print(f"{'way':>32} {'seconds':>9} {'ratio':>7} {'processor s':>12} {'ratio':>7} {'largest difference of a mean loss':>35}")
+    print(f"{'ours':>32} {ours:9.2f} {1:7.2f} {busy:12.2f} {1:7.2f}")
+    for batch in (1, 16):
+        theirs, wall, work = timed(lambda: plain(segmenter, store, manifest, a.draws, .2, batch))
+        print(f"{f'plain, {batch} episode(s) at a time':>32} {wall:9.2f} {wall/ours:7.2f} {work:12.2f} {work/busy:7.2f} {max(abs(mine[k] - v) for k, v in theirs.items()):35.1e}", flush=True)
 
 def main():
     a = arguments()

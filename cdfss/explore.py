@@ -21,7 +21,7 @@ from .engine.runs import Run
 from .methods.lfm import mask_frequencies
 from .methods.loec import LCM, LCMOptions, anchors
 from .models.segmenter import BASES, Match
-from .report.plots import BLUE, GREEN, ORANGE, RED
+from .report.plots import BLUE, ORANGE, RED, judged, tinted
 
 # %% ../nbs/report/57_explore.ipynb #569c1f50
 @dataclass(frozen=True)
@@ -120,14 +120,11 @@ def _fit(a:np.ndarray, side:int) -> np.ndarray:
     y, x = (np.arange(side)*n//side for n in a.shape[:2])
     return a[y][:, x]
 
-def _tinted(image:np.ndarray, where:np.ndarray, colour:str, alpha:float) -> np.ndarray:
-    return np.where(where[..., None], (1 - alpha)*image + alpha*_rgb(colour), image)
-
 def _outlined(image:np.ndarray, mask:np.ndarray, colour:str) -> np.ndarray:
     inner = mask.copy()
     for axis in (0, 1):
         for step in (-2, 2): inner &= np.roll(mask, step, axis)
-    return _tinted(image, mask & ~inner, colour, 1.)
+    return tinted(image, mask & ~inner, colour, 1.)
 
 def _mapped(a:np.ndarray, low, high, colours:str) -> np.ndarray:
     return mpl.colormaps[colours]((a - low)/max(high - low, 1e-9))[..., :3]*255
@@ -136,13 +133,11 @@ def _panels(view:View, side:int):
     "Caption and picture (side side 3) of each panel."
     fit = lambda a: _fit(a, side)
     for n, (image, mask) in enumerate(zip(view.supports, view.support_masks), 1):
-        yield f'support {n}' if len(view.supports) > 1 else 'support', _outlined(_tinted(fit(image), fit(mask), ORANGE, .4), fit(mask), RED)
+        yield f'support {n}' if len(view.supports) > 1 else 'support', _outlined(tinted(fit(image), fit(mask), ORANGE), fit(mask), RED)
     query, truth = fit(view.query), fit(view.truth)
     yield 'query, truth', _outlined(query, truth, BLUE)
     for name, mask, iou in (('recipe', view.before, view.iou_before), ('with dials', view.mask, view.iou)):
-        picture, mask, seen = query, fit(mask), ~fit(view.ignore)
-        for where, colour in ((truth & mask, GREEN), (truth & ~mask, BLUE), (mask & ~truth, RED)): picture = _tinted(picture, where & seen, colour, .6)
-        yield f'{name}: IoU {iou:.1f}', picture
+        yield f'{name}: IoU {iou:.1f}', judged(query, truth, fit(mask), fit(view.ignore))
     reach = max(np.abs(view.coarse_before).max(), np.abs(view.coarse).max())
     for name, scores in (('recipe', view.coarse_before), ('with dials', view.coarse)):
         yield f'score, {name}', fit(_mapped(scores, -reach, reach, 'RdBu_r'))

@@ -90,6 +90,8 @@ def test_a_run_is_evaluated_again_with_other_modules(run, miniature):
     trained = load_segmenter(run[0]).state_dict()
     assert {m.__class__.__name__ for m in lfm.extras} == {'APMM', 'ACPA'} and all(torch.equal(v, trained[k]) for k, v in lfm.state_dict().items() if not k.startswith('extras'))
     assert train(evaluation_of(run, method='lfm', adapt_steps=1, test_episodes=2), say=lambda line: None).complete
+    file = evaluation_of(run, checkpoint=str(run[0].path/'weights.safetensors'))
+    assert train(file, say=lines.append).path == same.path, 'the file of a run is the run'
 
 def test_an_official_checkpoint_is_evaluated(run, tmp_path, monkeypatch):
     seg = made('hsnet', 'resnet50')

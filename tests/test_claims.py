@@ -22,7 +22,8 @@ def test_verdict(low, high, bound, expected): assert verdict(low, high, bound) =
 @pytest.mark.parametrize('words,value,expected', [
     ('on far targets the base peaks', 4, 'holds'), ('LEM lessens the fall', 4, 'holds'), ('a disturbance of the shallowest', 1.2, 'holds'),
     ('freezing the first two', 8/3, 'holds'), ('LCM gains (', 3, 'holds'), ('both gain more than LCM', 11/3, 'holds'), ('LEM makes source', .05, 'holds'),
-    ('removing frequencies of the images helps', 2, 'holds'), ('removing frequencies of the images harms', 3, 'holds'), ('mIoU rises where', 0, 'cannot tell'),
+    ('removing frequencies of the images helps', 2, 'holds'), ('removing frequencies of the images harms', 3, 'holds'), ('mIoU rises where channel correlation falls, under the best', 0, 'cannot tell'), ('mIoU rises where channel correlation falls, under APM', 0, 'cannot tell'),
+    ('APM-M and ACPA lower', .1, 'holds'), ('APM-M and ACPA gain', 5, 'holds'),
     ('prototype predictions', 4, 'holds'), ('affinity predictions', 6, 'holds'), ('LCM gains more than LEM', -2/3, 'does not hold')])
 def test_known_effects(table, words, value, expected):
     row = said(table, words)

@@ -6,7 +6,7 @@ from cdfss.basics import InputError
 from cdfss.diagnostics import diagnosis
 from cdfss.diagnostics.subject import open_subject
 from cdfss.engine.runs import Run
-from cdfss.engine.train import TrainSettings, train
+from cdfss.engine.train import TrainSettings, epochs_kept, load_segmenter, train
 
 SMALL = dict(targets='isic', shots='1', test_episodes=20, track_episodes=8)
 
@@ -21,6 +21,16 @@ def test_a_run_is_opened_as_it_was(run):
     assert {f'{t}-{k}shot': m.hash for (t, k), m in subject.manifests.items()} == run.metrics['manifests']
     own, before = (next(s.backbone.parameters()).detach() for s in (subject.segmenter, subject.pretrained()))
     assert not own.equal(before) and subject.start == 'auto'
+
+def test_epochs_that_were_kept_are_looked_at_one_by_one(run):
+    settings = {k: v for k, v in run.params.items() if k in TrainSettings.__dataclass_fields__}
+    kept = train(TrainSettings.make(settings | dict(epochs=2, keep_epochs=True, weights='auto', runs=str(run.path.parent))), say=lambda line: None)
+    assert kept.path != run.path and epochs_kept(kept) == [0, 1, 2] and epochs_kept(run) == []
+    weights = [next(load_segmenter(kept, epoch=e).backbone.parameters()).detach() for e in (0, 1, 2, None)]
+    assert not weights[0].equal(weights[1]) and not weights[1].equal(weights[2]) and weights[2].equal(weights[3])
+    with pytest.raises(InputError, match=r'epoch=7: .* keeps the weights of epochs \[0, 1, 2\]'): load_segmenter(kept, epoch=7)
+    found = diagnosis.diagnose(kept, 'activations', episodes=4)['activations']
+    assert list(found['model'].unique()) == ['pretrained', 'epoch 1', 'trained'] and found.groupby('model')['energy'].sum().nunique() == 3
 
 def test_the_unseen_episodes_are_the_others(run):
     subject = open_subject(run.path)

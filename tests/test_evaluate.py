@@ -6,10 +6,11 @@ import pytest, torch
 from cdfss.data.images import ImageStore, collate
 from cdfss.data.layouts import open_dataset
 from cdfss.data.manifests import draw
-from cdfss.engine.evaluate import FeatureStore, evaluate, needed_stages, predict
+from cdfss.engine.evaluate import FeatureStore, evaluate, lasting_features, needed_stages, predict
+from cdfss.engine.fit import FitOptions, fit
 from cdfss.engine.metrics import COUNTS, confusion
 from cdfss.methods.seams import MODULES, Module, build
-from episodes import backbone
+from episodes import backbone, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZE = 64
@@ -180,3 +181,22 @@ def test_a_damaged_block_is_computed_again(plain, methods, store, manifests, tmp
     pd.testing.assert_frame_equal(rows(frame), plain[1])
     pd.testing.assert_frame_equal(rows(evaluate(methods, store, manifests[1], epoch=3, block=10, parts=tmp_path)), plain[1])
     assert not capsys.readouterr().err, 'the block is whole again'
+
+# ---- training on stored features ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('recipe', ['hsnet', 'patnet'])
+def test_training_on_stored_features_is_training(store, recipe):
+    o, found = FitOptions(epochs=2, fit_episodes=8, batch=4, lr=.01, border='background'), []
+    for stored in (True, False):
+        seg = segmenter(recipe)
+        features = lasting_features(seg.train(), store, seg.needed) if stored else None
+        found.append(([r['loss'] for r in fit(seg, store, o, seed=0, features=features)], seg.state_dict()))
+        if stored: assert 0 < features.encoded <= len(store.dataset)                   # each image once, whatever the epochs
+    (a, left), (b, right) = found
+    assert np.allclose(a, b, atol=1e-5) and all(torch.allclose(left[n], right[n], atol=1e-4) for n in left)
+
+def test_features_last_where_training_leaves_them(store):
+    last = lambda seg, **how: lasting_features(seg.train(), store, seg.needed, **how)
+    assert last(segmenter('hsnet+lcm')) and last(segmenter('hsnet+apm_s'))
+    assert last(segmenter('ssp')) is None                                               # its backbone trains
+    assert last(segmenter('hsnet+lem')) is None                                         # disturbs a stage
+    assert last(segmenter('hsnet', bn='train')) is None and last(segmenter('hsnet'), memory=1e5) is None

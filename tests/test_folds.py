@@ -1,4 +1,5 @@
 "PASCAL-5i and COCO-20i: which classes are novel, what the readers list, and a run on a fold."
+import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
@@ -6,7 +7,8 @@ from cdfss.basics import InputError
 from cdfss.data.folds import BAM_AREA, FOLD_RULES, base_labels, fold_classes, without_novel
 from cdfss.data.layouts import FOLDS, VOID, open_dataset
 from cdfss.engine.protocols import PROTOCOLS
-from cdfss.engine.train import TrainSettings, prepare, resolve
+from cdfss.engine import train as module
+from cdfss.engine.train import TrainSettings, open_run, prepare, resolve
 
 @pytest.mark.parametrize('how', FOLD_RULES)
 @pytest.mark.parametrize('n', [15, 20, 80])
@@ -91,3 +93,10 @@ def test_source_and_target_share_no_class(protocol, fold):
     assert classes(data.source) == set(range(15)) - novel == classes(data.validation) and classes(data.targets[f'voc-fold{fold}']) == novel
     assert all(e[2] in novel for e in data.manifests[f'voc-fold{fold}', 1].episodes)
     assert bool(data.source.dataset.notes and 'novel' in data.source.dataset.notes[-1]) == protocol.endswith('dropped')
+
+def test_a_run_without_a_fold_keeps_its_folder(monkeypatch):
+    s, hashed = folded(), []
+    data = prepare(s)
+    monkeypatch.setattr(module, 'run_hash', lambda settings: str(hashed.append(settings)))
+    for one in (s, dataclasses.replace(s, fold=None)): open_run(one, data)
+    assert hashed[0]['fold'] == 0 and hashed[1] == {k: v for k, v in hashed[0].items() if k != 'fold'}

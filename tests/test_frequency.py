@@ -137,6 +137,11 @@ def test_channel_study_sees_what_a_module_does(isic):
     plain = evaluate({'m': segmenter('ssp')}, *isic, epoch=0)
     assert np.allclose(frames['episodes'][frames['episodes'].condition == 'plain'].iou, 100*plain.tp/(plain.tp + plain.fp + plain.fn))
 
+def test_maps_without_variation_have_no_distribution(isic):
+    s = segmenter('ssp')
+    frames = channel_study(s, *isic, {'constant': [BandPass(s, 'feature', 'low', 'low', 0.)]}, pairs=6, draws=20)
+    assert frames['cdf'][['value', 'low', 'high']].isna().all(axis=None) and frames['episodes'].correlation.isna().all() and frames['episodes'].iou.notna().all()
+
 def test_spearman_against_scipy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=80).round(1)                                                       # with ties

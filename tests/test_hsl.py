@@ -4,11 +4,16 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from cdfss.basics import InputError
-from cdfss.methods.hsl import DSR, HSM, PCMT, DSROptions, HSMOptions, PCMTOptions, bounds, foreground_style, otsu, present, region_means, resize_labels, soften
+from cdfss.data.images import ImageStore
+from cdfss.data.layouts import open_dataset
+from cdfss.engine.adapt import pick
+from cdfss.engine.evaluate import FeatureStore, stored_match
+from cdfss.methods.hsl import DSR, HSM, PCMT, Augment, AugmentOptions, DSROptions, HSMOptions, PCMTOptions, bounds, foreground_style, otsu, present, region_means, resize_labels, soften, warp
 from cdfss.methods.loec import random_style
 from cdfss.methods.seams import build
 from cdfss.models.segmenter import Match
 from episodes import backbone, episode, segmenter
+from fakes import polyps
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -198,3 +203,71 @@ def test_prototypes_are_found_for_bases_that_have_none():
 def test_labels_at_any_size():
     labels = torch.arange(12).view(1, 3, 4)
     assert torch.equal(resize_labels(resize_labels(labels, (9, 8)), (3, 4)), labels) and resize_labels(labels, (2, 2)).shape == (1, 2, 2)
+
+# ---- the source's augmentation ----------------------------------------------------------------------------------------------
+def augmented(e, seed=0, **o):
+    torch.manual_seed(seed)
+    return Augment(AugmentOptions(**o)).images(e)
+
+def test_augmentation_moves_images_masks_and_maps_together():
+    e = episode(2, 2, 96, void=True)
+    sign = lambda m: m.float()[..., None, :, :].expand(*m.shape[:-2], 3, *m.shape[-2:])
+    e = dataclasses.replace(e, query=sign(e.query_mask), support=sign(e.support_masks), extras={'grid-96': e.query_mask[:, None].expand(-1, 3, -1, -1).to(torch.int16).clone()})
+    e.extras['grid-96'][:, 1:] = e.support_masks
+    out = augmented(e, blur=0.)
+    for images, masks, maps in ((out.query, out.query_mask, out.extras['grid-96'][:, 0]), (out.support, out.support_masks, out.extras['grid-96'][:, 1:])):
+        assert ((images[..., 0, :, :] > .5) == masks).float().mean() > .985 and torch.equal(maps.bool(), masks) and maps.dtype == torch.int16
+    assert not torch.equal(out.query_mask, e.query_mask) and out.ignore.dtype == torch.bool and out.ignore.any() and not torch.equal(out.support_ignore, e.support_ignore)
+    a, b = augmented(e, 3), augmented(e, 3)
+    assert torch.equal(a.query, b.query) and torch.equal(a.support, b.support)
+
+@pytest.mark.parametrize('o,same', [(dict(p=0.), True), (dict(scale=0., turn=0., blur=0., flip=0.), True), (dict(scale=0., turn=0., blur=1., flip=0.), False), (dict(scale=0., turn=0., blur=0., flip=1.), False)])
+def test_augmentation_at_nothing(o, same):
+    e = episode(1, 1)
+    out = augmented(e, **o)
+    assert torch.allclose(out.query, e.query, atol=1e-4) == same
+    if o.get('flip') == 1.: assert torch.allclose(out.query, e.query.flip(-1), atol=1e-4) and torch.equal(out.support_masks, e.support_masks.flip(-1))
+    elif o.get('blur') == 1.: assert torch.equal(out.query_mask, e.query_mask)
+
+def test_augmentation_stays_within_its_range():
+    torch.manual_seed(0)
+    affine, blur = Augment(AugmentOptions(flip=0.)).draw(2000, 'cpu')
+    zoom, turn = affine[:, :, 0].norm(dim=1), torch.atan2(affine[:, 1, 0], affine[:, 0, 0]).rad2deg()
+    assert 1/1.1 - 1e-4 <= zoom.min() < .92 and 1.1 < zoom.max() <= 1/.9 + 1e-4 and 9 < turn.abs().max() <= 10 + 1e-3 and .4 < (blur > 0).float().mean() < .6
+    assert (affine[:, :, 2].abs() <= (1 - zoom).clamp(min=0)[:, None] + 1e-6).all()
+
+def test_the_loss_sees_the_moved_mask():
+    "An augmentation that only flips: the loss is that of the flipped episode."
+    e = episode(2, 1, 64)
+    flipped = dataclasses.replace(e, **{n: getattr(e, n).flip(-1) for n in ('query', 'support', 'support_masks', 'query_mask', 'ignore', 'support_ignore')})
+    seg, plain = segmenter('ssp+augment', dict(augment_scale=0., augment_turn=0., augment_blur=0., augment_flip=1.)), segmenter('ssp')
+    a, b = seg.train().loss(e), plain.train().loss(flipped)
+    assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in b) and not torch.allclose(a['matched'], plain.loss(e)['matched'], atol=1e-3)
+
+# ---- what is made once for an image -----------------------------------------------------------------------------------------
+@pytest.fixture
+def store(tmp_path):
+    polyps(tmp_path/'data', 5, (64, 64))
+    return ImageStore(open_dataset('kvasir', tmp_path/'data'), 64, cache=tmp_path/'cache')
+
+@torch.no_grad()
+def test_hsm_acts_once_for_each_image(store, monkeypatch):
+    seg, plain = segmenter('hsl'), segmenter('hsl')
+    plain.load_state_dict(seg.state_dict())
+    asked, seen = [(0, (1, 2), 0), (2, (0, 1), 0), (3, (0, 2), 0)], []
+    enhance = HSM.enhance
+    monkeypatch.setattr(HSM, 'enhance', lambda self, high, *a: seen.append(len(high)) or enhance(self, high, *a))
+    def matched(ahead, seg=seg):
+        f = FeatureStore(seg, store, seg.needed, ahead=ahead)
+        return stored_match(f, store, asked, 'cpu', seg.extras_needed)[0]
+    match = matched(True)
+    a = seg.decide(match, (64, 64))
+    assert sum(seen) == 4                                                  # images 0 to 3
+    b = seg.decide(matched(False), (64, 64))
+    assert sum(seen) == 4 + 9 and torch.allclose(a.scores, b.scores, atol=1e-5)
+    assert torch.equal(seg.decide(pick(match, 1), (64, 64)).mask, a.mask[1:2])
+    changed = dataclasses.replace(match, query=match.query | {'stage3': match.query['stage3'].roll(1, -1)})
+    want = plain.decide(dataclasses.replace(changed, made={}), (64, 64))
+    assert torch.equal(seg.decide(changed, (64, 64)).scores, want.scores) and not torch.allclose(want.scores, a.scores, atol=1e-3)
+    assert torch.equal(plain.decide(match, (64, 64)).scores, b.scores)      # another HSM does not take what this one made
+    assert not matched(True, segmenter('ssp+hsm', {'hsm_reference': True})).made and not matched(True, segmenter('ssp+hsm', {'hsm_strength': 0.})).made

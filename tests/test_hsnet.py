@@ -6,7 +6,7 @@ from cdfss.basics import InputError
 from cdfss.methods.seams import build
 from cdfss.models import hsnet
 from cdfss.models.backbones import BackboneOptions, create_backbone
-from cdfss.models.hsnet import HPN, CenterPivot, box, first_layer, hypercorrelation, shot, vote
+from cdfss.models.hsnet import HPN, CenterPivot, HSNet, box, first_layer, hypercorrelation, shot, vote
 from episodes import backbone, enliven, episode, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -50,6 +50,12 @@ def test_small_grids_have_the_gradient_of_the_convolution(stride, monkeypatch):
         monkeypatch.setattr(hsnet, 'SMALL_GRID', small)
         grads.append(torch.autograd.grad(conv(x).square().sum(), [x, *conv.parameters()]))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+def test_one_support_position_is_one_convolution():
+    torch.manual_seed(0)
+    conv, x = CenterPivot(2, 3, 5, 2), torch.randn(2, 2, 4, 3, 1, 1, requires_grad=True)
+    both = [torch.autograd.grad(y.square().sum(), [x, *conv.parameters()]) for y in (conv(x), conv.over_query(x) + conv.over_support(x))]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*both))
 
 # ---- the hypercorrelation -----------------------------------------------------------------------------------------------------
 def features(n=2, l=2, c=6, query=(5, 4), support=(9, 7), mask=None, seed=0):
@@ -184,3 +190,7 @@ def test_stage_seam_acts_before_the_blocks():
         b = net(x, blocks=['stage2.0'], after=lambda n, t: t + 1 if n == 'stem' else t)
         c = net(a['stage1'], start='stage1', blocks=['stage2.0', 'stage1.0'])
     assert not torch.equal(a['stage2.0'], b['stage2.0']) and torch.equal(a['stage2.0'], c['stage2.0']) and 'stage1.0' not in c
+
+def test_the_learner_is_as_wide_as_the_papers_but_behind_the_miniatures_net():
+    width = lambda name: HSNet(create_backbone(BackboneOptions(backbone=name, weights='none', last_stage='last', output_stride=32, freeze='all'))).learner.decoder1[0].weight.shape[:2]
+    assert width('resnet18') == (128, 128) and width('miniature') == (64, 64)

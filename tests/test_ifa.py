@@ -83,7 +83,7 @@ def test_tuning_does_not_look_at_the_query():
 def test_what_is_tuned():
     seg = segmenter('ifa', freeze='stem+stage1')
     assert seg.adaptable() and all(n.startswith(('backbone.stages.stage2', 'backbone.stages.stage3')) and 'bn' not in n for n in seg.adaptable())
-    assert seg.tuning.pool == 'fixed' and segmenter('ifa', {'ifa_pool': 'task'}).tuning.pool == 'task'
+    assert seg.tuning.pool == 'fixed' and segmenter('ifa', {'ifa_support_policy': 'task'}).tuning.pool == 'task'
     plain = segmenter('ifa', {'ifa_stage': 'bfp'})
     assert plain.tuning is None and plain.adaptable() == [] and not Tuner().adapts(plain)
 
@@ -124,7 +124,7 @@ def test_tuned_weights_do_not_depend_on_order_or_batch(store):
     assert all(torch.equal(a[n], b[n].flip(0)) for n in a)
 
 def test_the_paper_s_pool_is_a_breach(store):
-    seg = segmenter('ifa', {'ifa_pool': 'paper'})
+    seg = segmenter('ifa', {'ifa_support_policy': 'paper'})
     asked = [(p, ((p + 1) % 9,), 0) for p in range(9)]
     with pytest.raises(InputError, match='not among the'): tuner(adapt_steps=8)(seg, store, asked)
     t = Tuner(AdaptOptions(adapt_steps=8), Ledger(on=False))

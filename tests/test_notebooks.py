@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from cdfss.report.leaderboard import read_board
 from cdfss.engine.runs import Run, parameters_cell
-from cdfss.engine.train import SECTIONS, TrainSettings
+from cdfss.diagnostics.diagnosis import DiagnoseOptions
+from cdfss.engine.train import EVALUATE_SECTIONS, SECTIONS, EvaluateSettings, TrainSettings
+from cdfss.report.figures import FigureOptions, StudyOptions
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -46,9 +48,11 @@ def test_library_notebooks_export(path):
     assert module.exists() and path.name in module.read_text()[:200]
     assert not [o for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
 
-def test_the_parameters_cell_is_that_of_the_settings():
-    [cell] = tagged(ROOT/'nbs'/'train.ipynb')
-    assert source(cell) == parameters_cell(TrainSettings, SECTIONS)
+@pytest.mark.parametrize('name,settings,sections', [('train', TrainSettings, SECTIONS), ('evaluate', EvaluateSettings, EVALUATE_SECTIONS), ('study', StudyOptions, {}),
+                                                    ('figures', FigureOptions, {}), ('diagnose', DiagnoseOptions, {})])
+def test_the_parameters_cell_is_that_of_the_settings(name, settings, sections):
+    [cell] = tagged(ROOT/'nbs'/f'{name}.ipynb')
+    assert source(cell) == parameters_cell(settings, sections)
 
 MACHINE_PATH = re.compile(r'(^|[^\w.-])/(work|root|home|tmp)/', re.M)
 

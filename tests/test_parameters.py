@@ -182,7 +182,7 @@ def test_options_count_where_their_method_is_used(base):
     for f, field in method_options().items():
         v = field.default
         new = not v if isinstance(v, bool) else next(c for c in field.metadata['choices'] if c != v) if field.metadata['choices'] else \
-            'stage1' if isinstance(v, str) else v + 1 if isinstance(v, int) else v/2
+            'stage1' if isinstance(v, str) else .5 if v is None else v + 1 if isinstance(v, int) else v/2
         assert (name(s, data, method='ssp', **{f: new}) != plain) == (f in used_options('ssp')), f
         assert (name(s, data, **{f: new}) != lcm) == (f in used_options('lcm')), f
     assert {'ssp_refine', 'lcm_k'} <= {*used_options('lcm')} and 'lcm_k' not in used_options('ssp')

@@ -4,6 +4,7 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from parity_tools import close, images, load, official_state
+from cdfss.basics import InputError
 from cdfss.episode import Episode
 from cdfss.methods import hsl
 from cdfss.methods.hsl import PCMT, foreground_style, otsu, resize_labels, soften
@@ -143,3 +144,27 @@ def test_otsu(parity):
     level = ((maps - low)/(high - low)*255).floor()
     at = ((otsu(maps)[:, None, None] - low)/(high - low)*255).round()
     assert np.array_equal((level > at).numpy(), np.unpackbits(a['otsu_binary_bits'], axis=-1)[..., :52].astype(bool))
+
+# ---- the ViT ----------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def vit(parity): return from_official('hsl', official_state(parity, 'hsl_vit'))
+
+def test_vit_s_names_map_one_to_one(parity, vit):
+    state, own = official_state(parity, 'hsl_vit'), vit.state_dict()
+    assert len(own) == len(state) and vit.backbone.options.backbone == 'vit_base_patch16_384:10@96' and vit.extras[1].project is None and vit.extras[0].sigma == .6
+    cut = {k: v for k, v in state.items() if k != 'backbone.purifier.layers.3.bias'}
+    for bad, said in ((cut, "nothing for 'backbone.stages.stage2.layers.3.bias'"), (state | {'backbone.backbone.dist_token': torch.zeros(1)}, "unknown tensor 'backbone.backbone.dist_token'")):
+        with pytest.raises(InputError, match=said): from_official('hsl', bad)
+
+@pytest.mark.parametrize('shots', [1, 2])
+@torch.no_grad()
+def test_vit(parity, vit, shots):
+    a, entry = load(parity, 'hsl_vit')
+    e, tol, name = episode(a, shots), entry['recommended_atol'], f'k{shots}'
+    plain = vit.match(e)
+    if shots == 1: close(plain.query['stage2'][:, ::32], a['k1_feature_q_sub'], tol, 'query features')
+    match = vit.refine_match(plain)
+    p = vit.answer(match, e.query.shape[-2:])
+    close(p.scores if shots == 1 else p.scores[..., ::4, ::4], a[f'{name}_en_out'], tol, 'logits')
+    close(pcmt_rows(match, vit.compare(match), p.scores), a[f'{name}_pcmt'], tol, 'the threshold and what it is made of')
+    assert np.array_equal(p.mask.numpy(), np.unpackbits(a[f'{name}_pred_bits'], axis=-1).astype(bool))

@@ -67,7 +67,7 @@ def test_divergence():
 @pytest.mark.parametrize('recipe,names', [('patnet', ['anchors.0']), ('patnet+acpa', ['extras.0.down', 'extras.0.up', 'anchors.0'])])
 @pytest.mark.parametrize('k', [1, 3])
 def test_the_anchors_of_the_lowest_level_are_tuned_on_the_supports(recipe, names, k):
-    seg, e = segmenter(recipe), episode(3, k)
+    seg, e = segmenter(recipe, seed=1), episode(3, k)                                   # answers with large objects: the pseudo mask hardly moves
     assert sorted(seg.adaptable()) == sorted(names)
     plan = dataclasses.replace(AdaptOptions(adapt_steps=5).plan(seg.tuning, ''), lr=1e-2)
     before = {n: v.clone() for n, v in seg.state_dict().items()}
@@ -80,13 +80,21 @@ def test_the_anchors_of_the_lowest_level_are_tuned_on_the_supports(recipe, names
     with adapting(seg): terms = seg.adapt_loss(e)
     assert list(terms) == ['alignment'] + ['query']*(recipe != 'patnet')
 
+@pytest.mark.parametrize('recipe', ['patnet', 'patnet+hsm'])
+def test_training_in_half_precision(recipe):
+    seg, e = segmenter(recipe).train(), episode(2, size=96)
+    with torch.autocast('cpu', dtype=torch.bfloat16): half = sum(seg.loss(e).values())
+    half.backward()
+    whole = sum(seg.loss(e).values())
+    assert torch.allclose(half.float(), whole, rtol=.05) and seg.anchors[0].grad.isfinite().all() and seg.anchors[0].grad.abs().max() > 0
+
 # ---- settings -----------------------------------------------------------------------------------------------------------------
 def test_what_the_base_asks_of_the_settings():
     for method in ('hsnet', 'patnet', 'hsnet+lcm'):
         s = resolve(TrainSettings(method=method, weights='none'))
-        assert (s.optimizer, s.lr, s.weight_decay, s.schedule, s.border, s.freeze, s.last_stage, s.output_stride) == ('adam', 1e-3, 0, 'constant', 'background', 'all', 'last', 32)
+        assert (s.optimizer, s.lr, s.weight_decay, s.schedule, s.border, s.freeze, s.last_stage, s.output_stride) == ('adam', 1e-3, 0, 'poly', 'background', 'all', 'last', 32)
     s = resolve(TrainSettings(method='ssp', weights='none'))
     assert (s.optimizer, s.weight_decay, s.schedule, s.border, s.freeze, s.last_stage, s.output_stride) == ('sgd', 5e-4, 'step', 'ignore', 'none', 'stage3', 8)
     given = resolve(TrainSettings(method='hsnet', weights='none', optimizer='sgd', freeze='none', batch=3))
     assert (given.optimizer, given.freeze, given.batch) == ('sgd', 'none', 3)
-    assert standing('real', 'hsnet')['batch'] == 20 and HSNet.defaults('miniature').keys() <= standing('miniature').keys()
+    assert (standing('real', 'hsnet')['batch'], standing('real', 'hsnet')['schedule']) == (20, 'constant') and HSNet.defaults('miniature').keys() <= standing('miniature').keys()

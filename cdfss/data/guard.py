@@ -64,9 +64,9 @@ def check_leakage(manifests:Iterable[Manifest], source:DataSet|None=None, tuning
     return dict(on=on, leaks=leaks)
 
 def mark(record:dict) -> str:
-    "What a table says of the guard: nothing when it was on."
-    n = len(record['leaks'])
-    return '' if record['on'] else f"guard off, {n or 'no'} leak{'s'*(n != 1)}"
+    "What a table says of the guard: nothing when it was on, and on which labelled images of the targets a method was tuned, if it was tuned on a pool of them."
+    n, policy = len(record['leaks']), record.get('support_policy')
+    return ', '.join([f'support policy {policy}']*bool(policy) + ([] if record['on'] else [f"guard off, {n or 'no'} leak{'s'*(n != 1)}"]))
 
 # %% ../../nbs/data/05_guard.ipynb #37dd7fc4
 class Ledger:

@@ -71,7 +71,8 @@ def activations(segmenters:dict[str, Segmenter], data:dict[str, Domain], *, imag
 
 # %% ../../nbs/diagnostics/40_activations.ipynb #299a4160
 def study(segmenter:Segmenter, source:Domain, targets:dict[str, Domain], *, episodes:int=60, seed:int=0, before:Segmenter|None=None,
-          **how) -> dict[str, pd.DataFrame]:
-    "`activations` on the images of the first so many episodes of source and targets, of the segmenter and of `before` if it is given."
-    nets = ({'pretrained': before} if before else {}) | {'trained': segmenter}
+          along:dict[int, Segmenter]={}, **how) -> dict[str, pd.DataFrame]:
+    """`activations` on the images of the first so many episodes of source and targets, of the segmenter, of `before` if it is given, and of `along`: epoch -> the
+    segmenter after it."""
+    nets = ({'pretrained': before} if before else {}) | {f'epoch {e}': net for e, net in sorted(along.items())} | {'trained': segmenter}
     return {'activations': activations(nets, domains(source, targets, episodes), seed=seed, **how)}

@@ -21,7 +21,7 @@ from ..engine.evaluate import evaluate
 from ..engine.metrics import METRICS, paired_bootstrap, paired_bootstrap_mean
 from ..engine.protocols import reading as in_words
 from ..engine.runs import Run
-from ..engine.train import load_segmenter, train
+from ..engine.train import epochs_kept, load_segmenter, train
 from ..methods.seams import MODULES, build, method_options, parse_recipe
 from ..models.segmenter import Segmenter
 
@@ -83,6 +83,7 @@ def diagnose(what:Subject|Run, name:str, recipe:str|None=None, *, episodes:int=6
         subject = what if isinstance(what, Subject) else open_subject(run.path)
         segmenter = subject.segmenter if recipe in (None, subject.settings.method) else load_segmenter(run, recipe)
         before = {'before': subject.pretrained()} if run and name in ('activations', 'cka') else {}
+        if run and name == 'activations': before['along'] = {e: load_segmenter(run, recipe, e).to(subject.settings.device) for e in epochs_kept(run)[1:-1]}
         frames = module.study(segmenter, subject.source, subject.targets, episodes=episodes, seed=seed, **before, **options)
     if run:
         where = f"diagnostics/{recipe or run.params['method']}/{name}"

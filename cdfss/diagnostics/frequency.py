@@ -175,7 +175,7 @@ def channel_study(segmenter:Segmenter, store:ImageStore, manifest:Manifest, cond
                 x, mask = _answers(segmenter, store, manifest.episodes[at.start:at.stop], match, tuner)
                 chosen = channel_pairs(x.shape[1], pairs, seed)
                 r = correlations(x).cpu().numpy()
-                seen['cdf'] += [np.searchsorted(np.sort(v), GRID, side='right')/max(len(v), 1) for v in (row[~np.isnan(row)] for row in r)]
+                seen['cdf'] += [np.searchsorted(np.sort(v), GRID, side='right')/len(v) if len(v) else np.full(len(GRID), np.nan) for v in (row[~np.isnan(row)] for row in r)]
                 seen['r'] += [np.nanmean(row) if not np.isnan(row).all() else np.nan for row in r]
                 for k, v in zip(('mi', 'null'), mutual_information(x, chosen, bins, seed)): seen[k] += v.tolist()
                 seen['magnitude'] += magnitudes(x).double().cpu().tolist()

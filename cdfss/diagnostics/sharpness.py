@@ -19,7 +19,7 @@ from ..data.images import ImageStore, to_input
 from ..data.manifests import Manifest
 from .activations import _over_images
 from .domains import Domain, device_of, domains, stamp
-from ..engine.metrics import COUNTS, _class_miou, _resample, _rows, confusion
+from ..engine.metrics import COUNTS, confusion, miou_of_sums, resampled, rows_of
 from ..models.segmenter import IGNORE, Match, Segmenter
 
 # %% ../../nbs/diagnostics/41_sharpness.ipynb #2885cd36
@@ -219,12 +219,12 @@ def _fall(frame:pd.DataFrame, clean:pd.DataFrame, resamples:int=1000, level:floa
     "Loss and mIoU of one stage and strength against the clean ones, with percentile intervals over draws and episodes."
     both = [clean, *(f for _, f in frame.groupby('draw'))]
     cls = clean['cls'].to_numpy()
-    rows = np.concatenate([np.column_stack([f['loss'], _rows(f)[1]]) for f in both], axis=1)
+    rows = np.concatenate([np.column_stack([f['loss'], rows_of(f)[1]]) for f in both], axis=1)
     def score(sums):                                                       # (... classes, 7 columns of each table) -> loss and mIoU of each table
         sums = np.moveaxis(sums.reshape(*sums.shape[:-1], len(both), 7), -2, -3)
-        return sums[..., 0].sum(-1)/len(cls), _class_miou(sums[..., 1:])
+        return sums[..., 0].sum(-1)/len(cls), miou_of_sums(sums[..., 1:])
     here = score(np.stack([rows[cls == c].sum(0) for c in np.unique(cls)]))
-    again = score(_resample(cls, rows, resamples, seed))
+    again = score(resampled(cls, rows, resamples, seed))
     n = len(both) - 1
     weight = np.random.default_rng(seed + 1).multinomial(n, np.full(n, 1/n), size=resamples)/n
     out = dict(clean_loss=here[0][0], clean_miou=here[1][0], loss=here[0][1:].mean(), miou=here[1][1:].mean())

@@ -12,6 +12,8 @@ from ..basics import InputError
 from .domains import class_rate, halves, middle, resamples
 from ..engine.metrics import bootstrap, seed_interval
 from ..engine.runs import Run
+from ..methods.seams import parse_recipe
+from ..models.segmenter import BASES
 
 # %% ../../nbs/diagnostics/45_trajectory.ipynb #61a7bc73
 def tidy_episodes(episodes:pd.DataFrame, metric:str='class_miou', draws:int=500) -> pd.DataFrame:
@@ -25,9 +27,9 @@ def trajectory_frame(run:Run) -> pd.DataFrame:
     return tidy_episodes(pd.read_parquet(run.path/'followed.parquet'))
 
 def label(run:Run, method:str) -> str:
-    "A method's name in a study: the recipe, and which stages were frozen if any."
-    frozen = run.params['freeze']
-    return method if frozen == 'none' else f'{method}, {frozen} frozen'
+    "A method's name in a study: the recipe, and which stages were frozen if any and if the base does not always freeze them."
+    frozen, base = run.params['freeze'], BASES[parse_recipe(run.params['method']).base]
+    return method if frozen in ('none', base.defaults('real').get('freeze')) else f'{method}, {frozen} frozen'
 
 def followed(runs:Iterable[Run]) -> pd.DataFrame:
     "The episodes that the runs followed, with method label, seed and run; the plainest methods first. Raises `InputError` for a run that followed none."

@@ -54,7 +54,7 @@ def adapting(segmenter:Segmenter):
     try: yield segmenter
     finally: segmenter.adapting, segmenter.turn = False, 0
 
-OPTIMIZERS = dict(adam=lambda p, t: torch.optim.Adam(p, lr=t.lr), sgd=lambda p, t: torch.optim.SGD(p, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay))
+OPTIMIZERS = dict(adam=lambda p, t: torch.optim.Adam(p, lr=t.lr, fused=True), sgd=lambda p, t: torch.optim.SGD(p, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay))
 
 def tune(segmenter:Segmenter, episode:Episode, plan:Tuning, stages:dict[str, Tensor]|None=None) -> tuple[dict[str, Tensor], Tensor]:
     """The adaptable parameters (name -> (b, *shape)) after tuning on the supports of each of b tasks, and the losses (steps, b) on the way.
@@ -79,8 +79,7 @@ def tune(segmenter:Segmenter, episode:Episode, plan:Tuning, stages:dict[str, Ten
             else:
                 torch.manual_seed(mix_seed('adapt', *ids, step))
                 each = loss(first(values), first(given), first(extras), None)[None]
-            optimizer.zero_grad(set_to_none=True)
-            each.sum().backward()
+            for v, g in zip(values.values(), torch.autograd.grad(each.sum(), list(values.values()))): v.grad = g          # and of nothing else
             optimizer.step()
             losses.append(each.detach())
         return {n: v.detach() for n, v in values.items()}, torch.stack(losses) if losses else torch.zeros(0, len(episode))
@@ -93,7 +92,8 @@ def tune(segmenter:Segmenter, episode:Episode, plan:Tuning, stages:dict[str, Ten
         else:
             if stages is None:
                 with torch.no_grad(): stages = {n: f.unflatten(0, episode.support.shape[:2]) for n, f in segmenter.encode(episode.support.flatten(0, 1), queries=0).items()}
-            values, losses = descend(given, episode.extras, stages)
+            with torch.no_grad(): held = segmenter.hold(episode, stages) if plan.steps else {}
+            values, losses = descend(given, episode.extras, stages | held)
     if not losses.isfinite().all(): raise InputError(f"adapt_lr={plan.lr}: the loss of tuning is not finite at step {(~losses.isfinite()).any(1).nonzero()[0].item()}; lower adapt_lr")
     return values, losses
 
@@ -135,15 +135,14 @@ def tune_together(segmenter:Segmenter, draw, plan:Tuning) -> dict[str, Tensor]:
                 torch.manual_seed(mix_seed('adapt pool', episode.domain, step, i))
                 loss = sum(with_parameters(segmenter, values, 'adapt_loss', episode).values())
                 if not loss.isfinite(): raise InputError(f"adapt_lr={plan.lr}: the loss of tuning is not finite at step {step}; lower adapt_lr")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for v, g in zip(values.values(), torch.autograd.grad(loss, list(values.values()))): v.grad = g
                 optimizer.step()
     return {n: v.detach() for n, v in values.items()}
 
 # %% ../../nbs/engine/38_adapt.ipynb #2ccfacca
 def pick(value, i:int):
     "Episode `i` of a batch (an `Episode` or `Match`), as a batch of one."
-    take = lambda v: v[i:i + 1] if isinstance(v, (Tensor, list)) else {n: t[i:i + 1] for n, t in v.items()} if isinstance(v, dict) else v
+    take = lambda v: v[i:i + 1] if isinstance(v, (Tensor, list)) else {n: t[i:i + 1] for n, t in v.items() if isinstance(t, Tensor)} if isinstance(v, dict) else v
     return replace(value, **{f.name: take(getattr(value, f.name)) for f in dataclasses.fields(value)})
 
 def answer(segmenter:Segmenter, values:dict[str, Tensor], asked:Match|Episode, size) -> list[Prediction]:

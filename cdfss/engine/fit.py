@@ -32,7 +32,7 @@ class FitOptions(Options):
 
 def optimizer_of(params, o:FitOptions) -> torch.optim.Optimizer:
     "The optimizer that the options name."
-    if o.optimizer != 'sgd': return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[o.optimizer](params, lr=o.lr, weight_decay=o.weight_decay)
+    if o.optimizer != 'sgd': return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[o.optimizer](params, lr=o.lr, weight_decay=o.weight_decay, fused=True)
     return torch.optim.SGD(params, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
 
 def rate(schedule:str, step:int, total:int) -> float:
@@ -46,11 +46,11 @@ def autocast(precision:str, device:str):
     "The context in which the network runs: bf16 autocast, or none."
     return torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if precision == 'bf16' else contextlib.nullcontext()
 
-def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device:str='cpu', state_file:Path|None=None, save_every:float=60.0):
+def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device:str='cpu', state_file:Path|None=None, save_every:float=60.0, features=None):
     """Train in place. Yields a row (dict: epoch, loss, one entry per loss term, seconds) after each epoch; what the caller adds to the row is kept.
 
     With `state_file` the state is saved after each epoch and every `save_every` seconds, and a run that finds one continues from it (rows of finished
-    epochs are yielded again, marked `restored`). Raises `InputError` when nothing trains or the loss is not finite."""
+    epochs are yielded again, marked `restored`). `features` is a feature store of images that nothing which trains changes (`engine/33_evaluate`). Raises `InputError` when nothing trains or the loss is not finite."""
     params = [p for p in segmenter.parameters() if p.requires_grad]
     if not params: raise InputError("freeze: no parameter is left to train; freeze fewer stages, or set epochs=0")
     optimizer = optimizer_of(params, o)
@@ -74,8 +74,9 @@ def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device
             torch.manual_seed(mix_seed('fit step', seed, epoch, step))
             for group in optimizer.param_groups: group['lr'] = o.lr * rate(o.schedule, (epoch - 1) * per_epoch + step, o.epochs * per_epoch)
             segmenter.train()
-            batch = collate(store, episodes[step * o.batch:(step + 1) * o.batch], mean, std, o.border, segmenter.extras_needed).to(device)
-            with autocast(o.precision, device): terms = segmenter.loss(batch)
+            batch = collate(store, chosen := episodes[step * o.batch:(step + 1) * o.batch], mean, std, o.border, segmenter.extras_needed).to(device)
+            stages = features and features.get([q for q, _, _ in chosen] + [p for _, s, _ in chosen for p in s])
+            with autocast(o.precision, device): terms = segmenter.loss(batch, stages)
             loss = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

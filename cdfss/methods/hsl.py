@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['resize_labels', 'soften', 'bounds', 'foreground_style', 'DSROptions', 'DSR', 'region_means', 'present',
-           'RegionAttention', 'HSMOptions', 'HSM', 'otsu', 'PCMTOptions', 'prototypes_of', 'PCMT']
+           'RegionAttention', 'HSMOptions', 'HSM', 'otsu', 'PCMTOptions', 'prototypes_of', 'PCMT', 'AugmentOptions',
+           'warp', 'Augment']
 
 # %% ../../nbs/methods/24_hsl.ipynb #b4c3c67b
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from ..basics import Options, option
 from ..data import superpixels                                     # registers its kinds of maps
 from ..data.images import map_kind
+from torchvision.transforms.v2.functional import gaussian_blur
 from ..episode import Episode
 from .loec import random_style, swap_amplitude
 from .seams import ALIASES, MODULES, Module
-from ..models.importers import IMPORTERS, deep_stem_backbone
+from ..models.backbones import is_vit
+from ..models.importers import IMPORTERS, deep_stem_backbone, vit_backbone
 from ..models.prototype import cosine, support_prototypes
 from ..models.segmenter import Match
 from ..models.ssp import SSP, SSPOptions, self_support
@@ -50,7 +53,7 @@ def foreground_style(image:Float[Tensor, "3 h w"], soft:Float[Tensor, "h w"], re
 @dataclass(frozen=True)
 class DSROptions(Options):
     "DSR's choices; the defaults are the paper's."
-    sigma:float = option(0.1, "std of the global random kernel (paper: 0.1 for ResNet-50, 0.6 for ViT)", low=0)
+    sigma:float|None = option(None, "std of the global random kernel (None: 0.1, for a ViT 0.6, the paper's)", low=0)
     p:float     = option(1.0, "chance of each part for each set of images (paper: 1)", low=0, high=1)
     parts:str   = option('both', "which parts: both (paper), foreground or global", choices=('both', 'foreground', 'global'))
     side:int    = option(9, "window that dilates and softens the mask, pixels, odd (paper: 9)", low=1)
@@ -64,6 +67,7 @@ class DSR(Module):
     def __init__(self, options:DSROptions|None=None, backbone=None):
         super().__init__(options, backbone)
         map_kind(self.options.map)
+        self.sigma = (.6 if backbone is not None and is_vit(backbone.name) else .1) if self.options.sigma is None else self.options.sigma
 
     @property
     def extras_needed(self): return (self.options.map,)
@@ -80,7 +84,7 @@ class DSR(Module):
         o = self.options
         if o.parts != 'global' and torch.rand(()) < o.p:
             images = torch.stack([self.foreground(*each) for each in zip(images, soften(fg.float(), o.side), resize_labels(labels, images.shape[-2:]))])
-        return random_style(images, o.sigma) if o.parts != 'foreground' and torch.rand(()) < o.p else images
+        return random_style(images, self.sigma) if o.parts != 'foreground' and torch.rand(()) < o.p else images
 
     def images(self, episode:Episode) -> Episode:
         if self.options.p == 0: return episode
@@ -134,7 +138,7 @@ class HSM(Module):
         o, channels = self.options, backbone.channels()
         self.at = backbone.names[-1]
         for m in self.extras_needed: map_kind(m)
-        self.project = nn.Conv2d(channels[o.low], channels[self.at], 1, bias=False)
+        self.project = nn.Conv2d(channels[o.low], channels[self.at], 1, bias=False) if channels[o.low] != channels[self.at] else None
         self.layers = nn.ModuleList(RegionAttention(channels[self.at], o.heads) for _ in range(o.layers))
 
     @property
@@ -143,11 +147,14 @@ class HSM(Module):
     def extras_needed(self): return tuple(m.strip() for m in self.options.maps.split(','))
     @property
     def beside(self): return self.options.strength > 0
+    @property
+    def ahead(self): return self.options.strength > 0 and not self.options.reference         # the reference's regions attend to what the rest of the batch has
 
     def enhance(self, high:Float[Tensor, "n c h w"], low:Float[Tensor, "n cl _ _"], maps:list[Int[Tensor, "n _ _"]]) -> Float[Tensor, "n c h w"]:
         "Enhanced features of n images; `maps` are the label maps, coarse to fine."
         o, size = self.options, high.shape[-2:]
-        low = F.interpolate(self.project(low.detach()).relu(), size, mode='bilinear', align_corners=True)
+        low = low.detach() if self.project is None else self.project(low.detach()).relu()
+        low = F.interpolate(low, size, mode='bilinear', align_corners=True)
         if o.instance_norm: high, low = F.instance_norm(high), F.instance_norm(low)
         total = high
         for labels in maps[:-1] if o.reference else maps:
@@ -160,13 +167,21 @@ class HSM(Module):
             total = total + (member @ p).mT.unflatten(2, size)
         return torch.lerp(high, (total / (len(maps) + 1)).relu(), o.strength)
 
+    def image(self, stages:dict[str, Float[Tensor, "n _ _ _"]], maps:dict[str, Int[Tensor, "n _ _"]]) -> dict[str, Float[Tensor, "n _ _ _"]]:
+        "What replaces the features of n images."
+        low = stages[self.options.low].float()
+        with torch.autocast(low.device.type, enabled=False):                       # means over many pixels want float32
+            return {n: self.enhance(f.float(), low, [maps[m] for m in self.extras_needed]).to(f.dtype) for n, f in stages.items() if n.startswith(self.at)}
+
     def features(self, match:Match) -> Match:
         o, b = self.options, len(match.fg)
         if o.strength == 0: return match
-        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1).float()
-        low, maps = joined(o.low), [match.extras[m].flatten(0, 1) for m in self.extras_needed]
-        with torch.autocast(low.device.type, enabled=False):                       # means over many pixels want float32
-            made = {n: self.enhance(joined(n), low, maps).to(match.query[n].dtype).unflatten(0, (b, -1)) for n in match.query if n.startswith(self.at)}
+        q, s, *stored = match.made.get(self, ({}, {}))
+        if stored and not self.training and all(match.query[n] is q[n] and match.support[n] is s[n] for n in (o.low, *stored[0])):
+            return replace(match, query=match.query | stored[0], support=match.support | stored[1])
+        joined = lambda n: torch.cat([match.query[n][:, None], match.support[n]], 1).flatten(0, 1)
+        used = [n for n in match.query if n == o.low or n.startswith(self.at)]
+        made = {n: f.unflatten(0, (b, -1)) for n, f in self.image({n: joined(n) for n in used}, {m: match.extras[m].flatten(0, 1) for m in self.extras_needed}).items()}
         match = replace(match, query=match.query | {n: f[:, 0] for n, f in made.items()}, support=match.support | {n: f[:, 1:] for n, f in made.items()})
         if not o.reference: return match
         nearest = lambda masks: F.interpolate(masks, next(iter(made.values())).shape[-2:])
@@ -227,13 +242,61 @@ class PCMT(Module):
         return confidence > threshold[:, None, None]
 
 # %% ../../nbs/methods/24_hsl.ipynb #4494339e
+@dataclass(frozen=True)
+class AugmentOptions(Options):
+    "What the augmentation draws from; the defaults are HSL's where its card gives one."
+    p:float     = option(1.0, "chance that an image is changed", low=0, high=1)
+    scale:float = option(0.1, "largest change of scale (paper: 0.1)", low=0, high=.9)
+    turn:float  = option(10.0, "largest turn, degrees (paper: 10)", low=0, high=180)
+    blur:float  = option(0.5, "chance of a Gaussian blur (R)", low=0, high=1)
+    flip:float  = option(0.5, "chance of a horizontal flip (R)", low=0, high=1)
+
+def warp(x:Float[Tensor, "n c h w"], affine:Float[Tensor, "n 2 3"], mode:str='bilinear') -> Float[Tensor, "n c h w"]:
+    "Images under one affine map each, reflected beyond their borders."
+    return F.grid_sample(x, F.affine_grid(affine, list(x.shape), align_corners=False), mode=mode, padding_mode='reflection', align_corners=False)
+
+@MODULES.register('augment')
+class Augment(Module):
+    "Scaling, turning, blurring and flipping of training images as HSL's authors do (hsl.md, Loss and schedule); any module with maps sees them moved alike."
+    seams, phases, neutral, Options = ('images',), ('fit',), {'p': 0.0}, AugmentOptions
+
+    def draw(self, n:int, device) -> tuple[Float[Tensor, "n 2 3"], Float[Tensor, "n"]]:
+        "An affine map for each image, and the width of its blur in pixels (0: none)."
+        o = self.options
+        uniform = lambda low=0., high=1.: torch.empty(n, device=device).uniform_(low, high)
+        chosen = uniform() < o.p
+        pick = lambda v, plain: torch.where(chosen, v, torch.full_like(v, plain))
+        zoom, angle = pick(1 / uniform(1 - o.scale, 1 + o.scale), 1.), pick(torch.deg2rad(uniform(-o.turn, o.turn)), 0.)
+        flip = pick(torch.where(uniform() < o.flip, -1., 1.), 1.)
+        slack = (1 - zoom).clamp(min=0)[:, None] * torch.empty(n, 2, device=device).uniform_(-1, 1)        # where a larger image is cropped
+        rows = torch.stack([zoom * angle.cos() * flip, -zoom * angle.sin(), slack[:, 0], zoom * angle.sin() * flip, zoom * angle.cos(), slack[:, 1]], 1)
+        return rows.view(n, 2, 3), torch.where(chosen & (uniform() < o.blur), uniform(.1, 1.), 0.)
+
+    def images(self, episode:Episode) -> Episode:
+        if self.options.p == 0: return episode
+        e, (b, k) = episode, episode.support.shape[:2]
+        together = lambda q, s: torch.cat([q[:, None], s], 1).flatten(0, 1)
+        apart = lambda t: (t.unflatten(0, (b, k + 1))[:, 0], t.unflatten(0, (b, k + 1))[:, 1:])
+        affine, blur = self.draw(b * (k + 1), e.query.device)
+        images = warp(together(e.query, e.support), affine)
+        images = torch.stack([gaussian_blur(x, [5, 5], [s]*2) if s > 0 else x for x, s in zip(images, blur.tolist())])
+        nearest = lambda t: warp(t[:, None].float(), affine, 'nearest')[:, 0].to(t.dtype)
+        moved = lambda q, s: (q, s) if q is None or s is None else apart(nearest(together(q, s)))
+        (query, support), (query_mask, support_masks), (ignore, support_ignore) = apart(images), moved(e.query_mask, e.support_masks), moved(e.ignore, e.support_ignore)
+        return replace(e, query=query, support=support, query_mask=query_mask, support_masks=support_masks, ignore=ignore, support_ignore=support_ignore,
+                       extras={n: nearest(m.flatten(0, 1)).unflatten(0, (b, k + 1)) for n, m in e.extras.items()})
+
+# %% ../../nbs/methods/24_hsl.ipynb #a7848c60
 ALIASES.register('hsl')('ssp+dsr+hsm+pcmt')
 
 @IMPORTERS.register('hsl')
 def _hsl(state:dict[str, Tensor]) -> tuple[SSP, list[tuple[str, str]]]:
-    backbone = deep_stem_backbone(state, freeze='none', bn='train')
-    modules = [DSR(), HSM(HSMOptions(reference=True), backbone), PCMT()]
-    rules = [(r'^backbone\.backbone\..*', ''),                            # the stages are listed twice
-             (r'^backbone\.layer0\.0\.', 'backbone.stages.stem.conv1.'), (r'^backbone\.layer0\.1\.', 'backbone.stages.stem.bn1.'),
-             (r'^backbone\.layer([1-3])\.', r'backbone.stages.stage\1.layer\1.'), (r'^backbone\.proj_layer\.0\.', 'extras.1.project.'), (r'^attn_layer\.', 'extras.1.layers.')]
+    vit = 'backbone.backbone.cls_token' in state
+    backbone = vit_backbone(state, 'backbone.backbone.') if vit else deep_stem_backbone(state, freeze='none', bn='train')
+    modules = [DSR(backbone=backbone), HSM(HSMOptions(reference=True), backbone), PCMT()]
+    if vit: rules = [(r'^backbone\.backbone\.patch_embed\.', 'backbone.stages.stem.patch_embed.'), (r'^backbone\.backbone\.', 'backbone.stages.stage1.'),
+                     (r'^backbone\.purifier\.', 'backbone.stages.stage2.'), (r'^attn_layer\.', 'extras.1.layers.')]
+    else: rules = [(r'^backbone\.backbone\..*', ''),                            # the stages are listed twice
+                   (r'^backbone\.layer0\.0\.', 'backbone.stages.stem.conv1.'), (r'^backbone\.layer0\.1\.', 'backbone.stages.stem.bn1.'),
+                   (r'^backbone\.layer([1-3])\.', r'backbone.stages.stage\1.layer\1.'), (r'^backbone\.proj_layer\.0\.', 'extras.1.project.'), (r'^attn_layer\.', 'extras.1.layers.')]
     return SSP(backbone, modules, SSPOptions(refine=False)), rules

@@ -68,7 +68,7 @@ POOLS = ('fixed', 'paper', 'task')
 class IFAOptions(SSPOptions):
     "IFA's choices beside SSP's; the defaults are the paper's."
     stage:str          = option('ifa', "bfp: source training alone; ifa: and tuning on the target", choices=('bfp', 'ifa'))
-    pool:str           = option('fixed', "images to tune on: fixed (K a class, drawn once), paper (drawn anew each round; the guard refuses it), task (each episode's own)", choices=POOLS)
+    support_policy:str = option('fixed', "images to tune on: fixed (K a class, drawn once), paper (drawn anew each round; the guard refuses it), task (each episode's own)", choices=POOLS)
     rounds:int         = option(3, "rounds of tuning's chain (paper: 3)", low=1)
     back_loss:float    = option(0.4, "weight of the support's answer in the first round (paper: 0.4)", low=0)
     chain_loss:float   = option(0.1, "weight of each answer in the further rounds (paper: 0.1)", low=0)
@@ -81,7 +81,7 @@ class IFA(SSP):
 
     def __init__(self, backbone, modules=(), options:IFAOptions|None=None):
         super().__init__(backbone, modules, options)
-        self.tuning = replace(self.tuning, pool=self.options.pool) if self.options.stage == 'ifa' else None
+        self.tuning = replace(self.tuning, pool=self.options.support_policy) if self.options.stage == 'ifa' else None
 
     @staticmethod
     def defaults(scale:str) -> dict:                                    # the rate falls to a tenth twice within 24 000 episodes; what follows hardly moves

@@ -55,6 +55,9 @@ class FeatureFilter(Module):
 
     def stages_used(self): return () if self.options.where == 'last' else (self.options.where,)
 
+    @property
+    def changes(self): return (self.at,)
+
     def filter(self, x:Float[Tensor, "*n c h w"], fg:Float[Tensor, "*n H W"]|None=None) -> Float[Tensor, "*n c h w"]: raise NotImplementedError
 
     def features(self, match:Match) -> Match:
@@ -69,7 +72,7 @@ class APMOptions(Options):
     grid:int       = option(13, "frequencies of the mask a side (paper: 13, the deepest map at 400 pixels)", low=2)
     where:str      = option('last', "the stage whose features are masked: its name, or last (paper)")
     strength:float = option(1.0, "0 keeps the features, 1 masks them (R)", low=0, high=1)
-    reference:bool = option(False, "as in the published code: gain 0.73 at the start, the whole plane; needs grid = the map's size")
+    reference:bool = option(False, "as in the published code: gain 0.73 at the start, the whole plane; its grid must be the map's size")
 
 @MODULES.register('apm_s')
 class APMS(FeatureFilter):

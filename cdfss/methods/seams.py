@@ -22,6 +22,7 @@ class Module(nn.Module):
     neutral: dict = {}                       # option values at which nothing changes
     extras_needed: tuple[str, ...] = ()      # image maps it reads, e.g. slic-5 (data/11_superpixels)
     beside: bool = False                     # at `features`: trained by a loss term of its own, while the base's terms keep to the unchanged features
+    ahead: bool = False                      # at `features`: what it makes of an image (its method `image`) depends on that image alone and may be stored with it
     tuning: Tuning|None = None               # of a module that acts in adapt: how its paper tunes it
     Options: type[Options] = Options
 
@@ -40,6 +41,11 @@ class Module(nn.Module):
     def reads(self) -> tuple[str, ...]:
         "Stages it reads at the `features`, `scores` or `mask` seam, besides those the base compares."
         return ()
+
+    @property
+    def changes(self) -> tuple[str, ...]|None:
+        "Stages whose features it changes at the `features` seam; None: any."
+        return None
 
 MODULES, ALIASES = Registry('module'), Registry('alias')
 

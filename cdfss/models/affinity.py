@@ -163,8 +163,8 @@ class Affinity(Segmenter):
         for m in self.acting('attend'): a = m.attend(a)
         return a
 
-    def match(self, episode) -> Match:
-        match = super().match(episode)
+    def _match(self, episode, stages=None) -> Match:
+        match = super()._match(episode, stages)
         if self.predictor is None: return match
         with torch.no_grad(): return replace(match, guide=guide_of(self.predictor, self.predictor.match(episode)))
 

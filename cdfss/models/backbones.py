@@ -2,19 +2,23 @@
 
 # %% auto #0
 __all__ = ['NETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'resnet50_deepstem', 'resnet101_deepstem', 'miniature', 'miniature_weights',
-           'read_state', 'load_state', 'split_stages', 'block_ends', 'BackboneOptions', 'Backbone', 'parse_stages',
-           'resolve_backbone', 'create_backbone']
+           'read_state', 'load_state', 'vit_name', 'is_vit', 'Patches', 'Transformer', 'Upsampler', 'vit_state',
+           'split_stages', 'block_ends', 'BackboneOptions', 'Backbone', 'parse_stages', 'resolve_backbone',
+           'create_backbone']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
-import contextlib, difflib, itertools
+import contextlib, difflib, itertools, re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 import timm, torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vgg import VGG
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from ..basics import InputError, Options, Registry, option, unknown
 
@@ -75,8 +79,80 @@ def load_state(net:nn.Module, state:dict[str, Tensor], kept:nn.Module, source:st
     net.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
 
 # %% ../../nbs/models/10_backbones.ipynb #312d5934
-def split_stages(net:nn.Module) -> 'OrderedDict[str, nn.Sequential]':
-    "The feature part of a timm net as `stem`, `stage1`, `stage2`, ..., in order; each is a plain `nn.Sequential` with the net's own names."
+def vit_name(name:str) -> tuple[str, int|None, int|None]:
+    "A ViT's plain name, the number of blocks and the side in pixels out of `name:blocks@side`; None for what is not said."
+    m = re.fullmatch(r'([^:@]*)(?::(\d+))?(?:@(\d+))?', name)
+    return (m[1], *(n and int(n) for n in m.groups()[1:])) if m else (name, None, None)
+
+def is_vit(name:str) -> bool:
+    "Whether a name is that of a ViT of timm."
+    plain = vit_name(name)[0]
+    return timm.is_model(plain) and timm.models.model_entrypoint(plain).__module__ == VisionTransformer.__module__
+
+class Patches(nn.Module):
+    "The patch embedding as a map, before positions."
+    def __init__(self, embed:nn.Module):
+        super().__init__()
+        self.proj, self.norm = embed.proj, embed.norm
+
+    def forward(self, x:Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c hp wp"]:
+        p = self.proj.stride[0]
+        fit = [-(-n // p) * p for n in x.shape[-2:]]
+        if fit != list(x.shape[-2:]): x = F.interpolate(x, fit, mode='bilinear', align_corners=True)
+        return self.norm(self.proj(x).movedim(1, -1)).movedim(-1, 1)
+
+class Transformer(nn.Module):
+    "Positions, prefix tokens, the first `depth` blocks and the final norm of a ViT, from the map of its patches to a map."
+    def __init__(self, vit:VisionTransformer, depth:int):
+        super().__init__()
+        self.cls_token, self.reg_token, self.pos_embed = vit.cls_token, vit.reg_token, vit.pos_embed
+        self.prefix, self.no_embed_class, self.grid = vit.num_prefix_tokens, vit.no_embed_class, vit.patch_embed.grid_size
+        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks[:depth], vit.norm
+        self.ends = nn.ModuleList(nn.Identity() for _ in self.blocks)              # each is given its block's map, to be read there
+
+    def forward(self, x:Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        n, c, *size = x.shape
+        tokens, own = x.flatten(2).mT, [t.expand(n, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        if self.pos_embed is not None:
+            first = 0 if self.no_embed_class else self.prefix
+            where = resample_abs_pos_embed(self.pos_embed, size, self.grid, first, antialias=False)
+            own = [torch.cat(own, 1) + where[:, :first]] if first else own
+            tokens = tokens + where[:, first:]
+        tokens = self.norm_pre(torch.cat([*own, tokens], 1))
+        as_map = lambda t: t[:, self.prefix:].mT.unflatten(2, size)
+        for block, end in zip(self.blocks, self.ends):
+            tokens = block(tokens)
+            end(as_map(tokens))
+        return as_map(self.norm(tokens))
+
+class Upsampler(nn.Module):
+    "Twice the size: bilinear, plus what the layers add (fptrans.md, Purifier; hsl.md, Features)."
+    def __init__(self, channels:int, hidden:int=256, drop:float=.1):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Dropout(drop), nn.ConvTranspose2d(hidden, hidden, 2, 2), nn.ReLU(), nn.Dropout(drop), nn.Conv2d(hidden, channels, 1))
+
+    def forward(self, x:Float[Tensor, "n c h w"]) -> Float[Tensor, "n c 2*h 2*w"]:
+        return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=True) + self.layers(x)
+
+_TORCHVISION = [(r'^class_token$', 'cls_token'), (r'^conv_proj\.', 'patch_embed.proj.'), (r'^encoder\.pos_embedding$', 'pos_embed'), (r'^encoder\.ln\.', 'norm.'), (r'^heads\.head\.', 'head.'),
+                (r'^encoder\.layers\.encoder_layer_', 'blocks.'), (r'\.ln_([12])\.', r'.norm\1.'), (r'\.self_attention\.in_proj_', '.attn.qkv.'), (r'\.self_attention\.out_proj\.', '.attn.proj.'),
+                (r'\.mlp\.(linear_1|0)\.', '.mlp.fc1.'), (r'\.mlp\.(linear_2|3)\.', '.mlp.fc2.')]
+
+def vit_state(net:VisionTransformer, state:dict[str, Tensor]) -> dict[str, Tensor]:
+    "A ViT's tensors under timm's names (torchvision's are translated), the position embeddings resized to the net's grid."
+    if 'conv_proj.weight' in state:
+        for pattern, new in _TORCHVISION: state = {re.sub(pattern, new, k): v for k, v in state.items()}
+    where = state.get('pos_embed')
+    if net.pos_embed is not None and where is not None and where.ndim == 3 and where.shape[1] != net.pos_embed.shape[1]:
+        state = state | {'pos_embed': resample_abs_pos_embed(where, net.patch_embed.grid_size, num_prefix_tokens=0 if net.no_embed_class else net.num_prefix_tokens, antialias=False)}
+    return state
+
+# %% ../../nbs/models/10_backbones.ipynb #4ad01e14
+def split_stages(net:nn.Module, depth:int|None=None) -> 'OrderedDict[str, nn.Module]':
+    """The feature part of a timm net as `stem`, `stage1`, `stage2`, ..., in order; each is a plain `nn.Sequential` with the net's own names, or a part of a ViT
+    (its first `depth` blocks; None: all but two)."""
+    if type(net) is VisionTransformer:
+        return OrderedDict(stem=nn.Sequential(OrderedDict(patch_embed=Patches(net.patch_embed))), stage1=Transformer(net, depth or max(1, len(net.blocks) - 2)))
     if isinstance(net, ResNet):
         parts = OrderedDict(stem=['conv1', 'bn1', 'act1', 'maxpool'], **{f'stage{i}': [f'layer{i}'] for i in (1, 2, 3, 4)})
         return OrderedDict((s, nn.Sequential(OrderedDict((n, getattr(net, n)) for n in names))) for s, names in parts.items())
@@ -91,27 +167,28 @@ def split_stages(net:nn.Module) -> 'OrderedDict[str, nn.Sequential]':
         starts = [0, *(i for i, m in enumerate(net.features) if isinstance(m, nn.MaxPool2d)), len(net.features)]
         return OrderedDict((f'stage{n}' if n else 'stem', nn.Sequential(OrderedDict((f'features_{i}', net.features[i]) for i in range(a, b))))
                            for n, (a, b) in enumerate(zip(starts, starts[1:])))
-    raise InputError(f"backbone: {type(net).__name__} has no stages this version can cut; use a ResNet, VGG, MobileNet or EfficientNet of timm")
+    raise InputError(f"backbone: {type(net).__name__} has no stages this version can cut; use a ResNet, VGG, MobileNet, EfficientNet or plain ViT of timm")
 
 def block_ends(stage:nn.Module) -> list[nn.Module]:
-    "The activations that end a stage's blocks (a VGG's blocks are its convolutions); what enters one is its block before the last ReLU."
+    "The activations that end a stage's blocks (a VGG's blocks are its convolutions); what enters one is its block before the last ReLU. For a ViT, what its blocks are read by."
+    if isinstance(stage, Transformer): return list(stage.ends)
     blocks = [m for m in stage.modules() if isinstance(m, (BasicBlock, Bottleneck))]
     if blocks: return [m.act3 if isinstance(m, Bottleneck) else m.act2 for m in blocks]
-    return [b for a, b in itertools.pairwise(stage) if isinstance(a, nn.Conv2d) and isinstance(b, nn.ReLU)]
+    return [b for a, b in itertools.pairwise(stage if isinstance(stage, nn.Sequential) else ()) if isinstance(a, nn.Conv2d) and isinstance(b, nn.ReLU)]
 
-# %% ../../nbs/models/10_backbones.ipynb #4ad01e14
+# %% ../../nbs/models/10_backbones.ipynb #cb2c0eb7
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class BackboneOptions(Options):
     "What a backbone is made of; see the notebook `models/10_backbones`."
-    backbone:str      = option('miniature', "timm name (resnet18, resnet50, ...), resnet50_deepstem, resnet101_deepstem, miniature")
-    weights:str       = option('auto', "auto (the miniature's own, else timm's hub), hub, none, or a .safetensors / .pth file")
-    last_stage:str    = option('stage3', "the last stage that is run, or last: the net's own; SSP compares the output of stage3")
-    output_stride:int = option(8, "input pixels per feature cell; later stages are dilated to keep it", choices=(8, 16, 32))
+    backbone:str      = option('miniature', "timm name (resnet18, resnet50, vit_base_patch16_384, ...; a ViT's :n keeps n blocks, its @s resizes the positions to s pixels once), resnet50_deepstem, resnet101_deepstem, miniature")
+    weights:str       = option('auto', "auto (the miniature's own, else timm's hub), hub, none, or a .safetensors / .pth file (a ViT's also .npz)")
+    last_stage:str    = option('stage3', "the last stage that is run, or last: the net's own, a ViT's for stage3; SSP compares the output of stage3")
+    output_stride:int = option(8, "input pixels per feature cell; later stages are dilated to keep it, a ViT is up-sampled", choices=(8, 16, 32))
     last_relu:bool    = option(False, "keep the ReLU after the last block; SSP drops it")
     pixels:str        = option('auto', "input scaling: auto (what timm says of the net), imagenet (mean and std), half (x/127.5 - 1)", choices=('auto', 'imagenet', 'half'))
-    freeze:str        = option('auto', "stages that do not train: none, all, or names joined by +; auto: none for the miniature's net, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
+    freeze:str        = option('auto', "stages that do not train: none, all, or names joined by +; auto: none for the miniature's net and for a ViT, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
     bn:str            = option('frozen', "batch norms of the trained stages: frozen, eval (affine trains), train", choices=('frozen', 'eval', 'train'))
 
 class Backbone(nn.Module):
@@ -181,25 +258,50 @@ def parse_stages(text:str, names) -> tuple[str, ...]:
         if s not in names: raise unknown('stage in freeze', s, names)
     return chosen
 
-# %% ../../nbs/models/10_backbones.ipynb #cb2c0eb7
+# %% ../../nbs/models/10_backbones.ipynb #b7d68cfb
 def resolve_backbone(o:BackboneOptions) -> BackboneOptions:
     "The options with every `auto` decided."
-    small = o.backbone == 'miniature'
-    auto = dict(weights=str(miniature_weights()) if small else 'hub', freeze='none' if small else 'stem+stage1')
+    small, vit = o.backbone == 'miniature', is_vit(o.backbone)
+    auto = dict(weights=str(miniature_weights()) if small else 'hub', freeze='none' if small or vit else 'stem+stage1')
+    if vit and o.last_stage == 'stage3': o = replace(o, last_stage='last')
     return replace(o, **{k: v for k, v in auto.items() if getattr(o, k) == 'auto'})
+
+def _create_vit(o:BackboneOptions) -> tuple[VisionTransformer, 'OrderedDict[str, nn.Module]']:
+    "A ViT of timm with weights as resolved options say, and its stages; whole, before anything is left out."
+    (name, depth, side), hub = vit_name(o.backbone), o.weights == 'hub'
+    patch = int(m[1]) if (m := re.search(r'_patch(\d+)', name)) else 16
+    if side and side % patch: raise InputError(f"backbone={o.backbone}: {side} px are no multiple of the patch of {patch}; after the @ give the side of the images, e.g. {name}@{30 * patch}")
+    try: net = timm.create_model(name, pretrained=hub, **(dict(img_size=side) if side else {}))
+    except Exception as e:
+        if not hub: raise
+        raise InputError(f"weights=hub: timm could not fetch '{name}' ({type(e).__name__}); give weights=FILE or weights=none") from None
+    if type(net) is not VisionTransformer: raise InputError(f"backbone={name}: a {type(net).__name__} is not known; use a plain ViT of timm, e.g. vit_base_patch16_384")
+    if depth is not None and not 1 <= depth <= len(net.blocks): raise InputError(f"backbone={o.backbone}: {name} has {len(net.blocks)} blocks; give their number after the colon, e.g. {name}:{len(net.blocks)}")
+    stages, patch = split_stages(net, depth), net.patch_embed.patch_size[0]
+    if patch == 2 * o.output_stride: stages['stage2'] = Upsampler(net.embed_dim)
+    elif patch != o.output_stride: raise InputError(f"backbone={name}: its patches are {patch} px, so output_stride is {patch}, or {patch // 2} by the up-sampler; found {o.output_stride}")
+    if o.weights in ('hub', 'none'): return net, stages
+    if not o.weights.endswith('.npz'):
+        load_state(net, vit_state(net, read_state(o.weights)), nn.ModuleDict({k: v for k, v in stages.items() if k != 'stage2'}), f"weights={o.weights}")
+        return net, stages
+    if not Path(o.weights).is_file(): raise InputError(f"weights={o.weights}: no such file; give a .npz, .safetensors or .pth file, 'hub' or 'none'")
+    try: net.load_pretrained(o.weights)
+    except Exception as e: raise InputError(f"weights={o.weights}: not the .npz of {name} ({type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''})") from None
+    return net, stages
 
 def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
     "The backbone that the options describe. Raises `InputError` for an unknown name or stage, or for weights that do not fit."
     o = resolve_backbone(o)
     name, hub = o.backbone, o.weights == 'hub'
-    if name in NETS:
+    if is_vit(name): net, stages = _create_vit(o)
+    elif name in NETS:
         if hub: raise InputError(f"weights=hub: timm has none for backbone '{name}'; give a file or 'none'")
         net = NETS[name](output_stride=o.output_stride)
     else:
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, [*NETS, *timm.list_models()], n=3)
             raise InputError(f"unknown backbone '{name}': " + (f"did you mean {' or '.join(near)}? " if near else '')
-                             + f"choose a ResNet, VGG, MobileNet or EfficientNet of timm, or {', '.join(NETS)}")
+                             + f"choose a ResNet, VGG, MobileNet, EfficientNet or ViT of timm, or {', '.join(NETS)}")
         extra = {} if hub else dict(num_classes=1001, pad_type='same') if name == 'mobilenetv2_100' else dict(mlp_ratio=1 / 4096) if name.startswith('vgg') else {}   # no 120 M of classifier
         try: net = timm.create_model(name, pretrained=hub, output_stride=o.output_stride, **extra)
         except (TypeError, AssertionError):
@@ -207,11 +309,11 @@ def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
         except Exception as e:
             if not hub: raise
             raise InputError(f"weights=hub: timm could not fetch '{name}' ({type(e).__name__}); give weights=FILE or weights=none") from None
-    stages = split_stages(net)
+    if not is_vit(name): stages = split_stages(net)
     last = list(stages)[-1] if o.last_stage == 'last' else o.last_stage
     if last not in stages: raise unknown('last_stage', last, ['last', *stages])
     keep = list(stages)[:list(stages).index(last) + 1]
-    if o.weights not in ('hub', 'none'):
+    if o.weights not in ('hub', 'none') and not is_vit(name):
         load_state(net, read_state(o.weights), nn.ModuleDict({k: stages[k] for k in keep}), f"weights={o.weights}")
     if not o.last_relu and isinstance(net, ResNet) and last != 'stem':
         block = stages[last][-1][-1]

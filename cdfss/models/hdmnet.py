@@ -199,7 +199,7 @@ class HDMNet(Affinity):
         fg, _ = Match.masks(episode.support_masks, episode.support_ignore)
         return replace(episode, support=episode.support * fg[:, :, None])
 
-    def match(self, episode:Episode) -> Match: return super().match(self.shown(episode))
+    def _match(self, episode:Episode, stages=None) -> Match: return super()._match(self.shown(episode), stages if self.plus else None)      # stored supports are whole
 
     def rehearse(self, episode:Episode, stages=None):
         match, target = super().rehearse(episode, stages)

@@ -24,7 +24,7 @@ def pooled(f:Float[Tensor, "n l c h w"], weights:Float[Tensor, "n h w"]) -> Floa
 
 def dual(prototypes:Float[Tensor, "n l 2 c"]) -> Float[Tensor, "n l 2 c"]:
     "The two vectors whose products with a feature are its shares of the anchors: the transposed pseudo-inverse of the prototypes."
-    return torch.linalg.pinv(rows(prototypes)).mT
+    with torch.autocast(prototypes.device.type, enabled=False): return torch.linalg.pinv(rows(prototypes.float())).mT      # there is none of bfloat16
 
 # %% ../../nbs/models/13_patnet.ipynb #c46ca524
 def plane(anchors:Float[Tensor, "l 2 c"]) -> Float[Tensor, "l 2 2"]:
@@ -39,7 +39,8 @@ def project(f:Float[Tensor, "n l c h w"], basis:Float[Tensor, "n l 2 c"]) -> Flo
 # %% ../../nbs/models/13_patnet.ipynb #2c2c2d21
 def divergence(support:Float[Tensor, "n l c"], query:Float[Tensor, "n l c"]) -> Float[Tensor, "n"]:
     "KL(softmax(support) || softmax(query)) of prototypes, summed over the blocks (patnet.md, TFI)."
-    return F.kl_div(query.log_softmax(-1), support.softmax(-1), reduction='none').sum((1, 2))
+    p = support.log_softmax(-1)
+    return (p.exp() * (p - query.log_softmax(-1))).sum((1, 2))
 
 @BASES.register('patnet')
 class PATNet(HSNet):
@@ -55,6 +56,11 @@ class PATNet(HSNet):
         self.anchors = nn.ParameterList(nn.init.kaiming_normal_(torch.empty(2, c), nonlinearity='linear') for c in widths.values())
 
     def adaptable(self): return super().adaptable() + ['anchors.0']
+
+    @property
+    def tuned_stages(self):
+        changed = super().tuned_stages
+        return None if changed is None else changed | {n.split('.')[0] for n, pair in self.pairs.items() if pair == 0}
 
     def pairs_of(self, names:tuple[str, ...]) -> Float[Tensor, "l 2 c"]: return torch.stack([self.anchors[self.pairs[n]] for n in names])
 

@@ -17,12 +17,15 @@ from .backbones import Backbone
 @dataclass
 class Match:
     """What `compare` reads: stage name -> features, and the support masks at image size (ignored pixels are 0 in both). `extras` are the image maps
-    that modules asked for, those of the query first (see `Episode`)."""
+    that modules asked for, those of the query first (see `Episode`). `made` holds what modules that act `ahead` made of the stored features: module -> the features it
+    had (query, support), and its own (query, support)."""
     query: dict[str, Float[Tensor, "b c h w"]]
     support: dict[str, Float[Tensor, "b k c h w"]]
     fg: Float[Tensor, "b k H W"]
     bg: Float[Tensor, "b k H W"]
     extras: dict[str, Int[Tensor, "b k+1 _ _"]] = field(default_factory=dict)
+    made: dict = field(default_factory=dict, repr=False)
+    held: dict[str, Tensor] = field(default_factory=dict)            # what the base has computed of it already (`Segmenter.hold`)
     cls: Int[Tensor, "b"]|None = None                # as in `Episode`
     guide: Float[Tensor, "b g g"]|None = None        # a separate predictor's foreground probability (models/14_affinity)
 
@@ -112,13 +115,20 @@ class Segmenter(nn.Module):
         made = self.backbone(images, stop=wanted[-1].split('.')[0], after=after if staged else None, blocks=wanted)
         return {n: made[n] for n in wanted}
 
-    def match(self, episode:Episode) -> Match:
-        "Encode one batch of episodes, query and supports together."
+    def seen(self, episode:Episode) -> Episode:
+        "The episode as the modules of the `images` seam leave it."
         for m in self.acting('images'): episode = m.images(episode)
+        return episode
+
+    def match(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> Match:
+        "Encode one batch of episodes, query and supports together; or take the `stages` of the queries, then of all supports, where they are known."
+        return self._match(self.seen(episode), stages)
+
+    def _match(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> Match:
         b, k = episode.support.shape[:2]
-        stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
+        if stages is None: stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
-        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras, episode.cls)
+        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras, cls=episode.cls)
 
     def compare(self, match:Match) -> dict[str, Tensor]:
         "Coarse scores at feature resolution under `scores` (b 2 h w, [background, foreground]), and what `losses` and diagnostics want."
@@ -151,11 +161,12 @@ class Segmenter(nn.Module):
 
     def forward(self, episode:Episode) -> Prediction: return self.decide(self.match(episode), episode.query.shape[-2:])
 
-    def loss(self, episode:Episode) -> dict[str, Tensor]:
-        "Named loss terms of a batch of episodes with query masks; their sum is what training minimises."
+    def loss(self, episode:Episode, stages:dict[str, Float[Tensor, "n _ _ _"]]|None=None) -> dict[str, Tensor]:
+        "Named loss terms of a batch of episodes with query masks; their sum is what training minimises. `stages` as in `match`."
+        episode = self.seen(episode)                                        # a module may move the masks with the images
         target = episode.query_mask.long()
         if episode.ignore is not None: target = target.masked_fill(episode.ignore, IGNORE)
-        return self._terms(self.match(episode), target, episode.query.shape[-2:])
+        return self._terms(self._match(episode, stages), target, episode.query.shape[-2:])
 
     def _terms(self, match:Match, target:Tensor, size) -> dict[str, Tensor]:
         changed = self.refine_match(match)
@@ -180,6 +191,10 @@ class Segmenter(nn.Module):
         target = torch.where(fg > 0, 1, torch.where(bg > 0, 0, IGNORE)).flatten(0, 1)
         extras = {n: torch.cat([e[:, 1:].flatten(0, 1)[:, None], others(e[:, 1:])], 1) for n, e in episode.extras.items()}
         return Match({n: f.flatten(0, 1) for n, f in stages.items()}, {n: others(f) for n, f in stages.items()}, others(fg), others(bg), extras), target
+
+    def hold(self, episode:Episode, stages:dict[str, Float[Tensor, "b k c h w"]]) -> dict[str, Float[Tensor, "b *_"]]:
+        "What of the rehearsals stays as it is while parameters are tuned, computed once; `adapt_loss` finds it among the stages, by name."
+        return {}
 
     def adapt_loss(self, episode:Episode, stages:dict[str, Float[Tensor, "b k c h w"]]|None=None) -> dict[str, Tensor]:
         "Named loss terms of tuning on the supports alone; see `rehearse`."

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'CLAIMS', 'Claim', 'verdict', 'far', 'gain', 'more', 'fall', 'falls_less', 'first_stage_hurts_most',
-           'likeness', 'best_filter', 'follows', 'lean', 'check', 'to_text', 'save']
+           'likeness', 'best_filter', 'relation', 'lean', 'check', 'to_text', 'save']
 
 # %% ../../nbs/report/59_claims.ipynb #545b77de
 import math, textwrap
@@ -20,13 +20,14 @@ NEAR = 'fss'
 
 @dataclass(frozen=True)
 class Claim:
-    "What a paper says (`says`, with the figure it gives), where (`source`), and `measure(study)`: values over seeds or (value, low, high), expected above `bound`."
+    "What a paper says (`says`, with the figure it gives), where (`source`), and `measure(study)`: values over seeds or (value, low, high), expected above `bound`, in the runs of a `plan` (`report/58_figures`)."
     paper: str
     says: str
     source: str
     unit: str
     measure: Callable
     bound: float = 0.
+    plan: str = 'loec'
 
 def verdict(low:float, high:float, bound:float=0.) -> str:
     "holds, does not hold or cannot tell, from the interval of a quantity that is claimed to lie above the bound."
@@ -99,11 +100,14 @@ def best_filter(targets:Callable) -> Callable:
         return pd.Series({s: np.mean([one(t, s) for t in by.index.unique('target')]) for s in by})
     return measure
 
-def follows(study:Study) -> pd.Series:
-    "Rank correlation over episodes of the fall in channel correlation with the rise in IoU under the best feature filter, mean over far targets and seeds."
-    f = study.kept('frequency', 'relation')
-    f = f[(f['level'] == 'feature') & f['condition'].str.startswith('best') & f['target'].isin(far(study))]
-    return _by_seed(f, 'rho')
+def relation(column:str, condition:str) -> Callable:
+    """A column of the frequency diagnostic's `relation` under the feature filter whose name begins so, mean over far targets, by seed: `fall` (of the mean |r| between
+    channels) or `rho` (rank correlation over episodes of that fall with the rise in IoU)."""
+    def measure(study):
+        f = study.kept('frequency', 'relation')
+        f = f[(f['level'] == 'feature') & f['condition'].str.startswith(condition) & f['target'].isin(far(study))]
+        return _by_seed(f, column)
+    return measure
 
 def lean(predictor:str, sign:int) -> Callable:
     "Recall less precision of a predictor on the far targets (times `sign`), in points."
@@ -127,8 +131,10 @@ CLAIMS = (
     Claim('LoEC', 'LEM makes source and target features more alike', 'loec.md, claim e', 'domain CKA', likeness('ssp+lem', 'ssp')),
     Claim('LFM', 'removing frequencies of the images helps on a far target (up to +14, chest)', 'lfm.md, frequency study', _points, best_filter(far)),
     Claim('LFM', 'removing frequencies of the images harms on FSS-1000', 'lfm.md, frequency study', _points, lambda s: -best_filter(lambda s: [NEAR])(s)),
-    Claim('LFM', 'mIoU rises where channel correlation falls', 'lfm.md, purpose', 'rank correlation', follows),
-    Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far)),
+    Claim('LFM', 'mIoU rises where channel correlation falls, under the best filter', 'lfm.md, purpose', 'rank correlation', relation('rho', 'best')),
+    Claim('LFM', 'APM-M and ACPA lower the correlation between channels', 'lfm.md, purpose', 'mean |r|', relation('fall', 'recipe'), plan='lfm'),
+    Claim('LFM', 'mIoU rises where channel correlation falls, under APM-M and ACPA', 'lfm.md, purpose', 'rank correlation', relation('rho', 'recipe'), plan='lfm'),
+    Claim('LFM', 'APM-M and ACPA gain over HSNet on far targets (more than +10)', 'lfm.md, results', _points, gain('hsnet+apm_m+acpa', 'hsnet', far), plan='lfm'),
     Claim('PAHNet', 'prototype predictions are conservative: precision above recall', 'pahnet.md, claims', _points, lean('prototype', -1)),
     Claim('PAHNet', 'affinity predictions are aggressive: recall above precision', 'pahnet.md, claims', _points, lean('affinity', 1)),
     Claim('HSL', 'DSR gains (+2.62)', 'hsl.md, ablation R50', _points, gain('ssp+dsr', 'ssp')),
@@ -147,7 +153,7 @@ def check(study:Study, claims:Iterable[Claim]=CLAIMS) -> pd.DataFrame:
         value = low = high = math.nan
         where = data
         try:
-            found = c.measure(study)
+            found = c.measure(study.part(c.plan))
             if isinstance(found, tuple): value, low, high = found
             elif len(found) > 1: (value, low, high), where = seed_interval(found), f'{data}, {len(found)} seeds'
             elif len(found): value, where = float(found.iloc[0]), f'{data}, one seed'

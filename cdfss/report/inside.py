@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from ..basics import InputError
-from .plots import DATASET_COLOURS, GREY, WIDTH, _house, _picture, by_stage
+from .plots import DATASET_COLOURS, GREY, WIDTH, house, picture, by_stage
 from .tables import in_order
 
 def _axes(axes:Sequence[Axes]|None, rows:int, columns:int, width:float=WIDTH, height:float=1.7, **kw) -> list[Axes]:
@@ -29,11 +29,12 @@ def _one_legend(axes:Sequence[Axes]):
     for ax in axes[:-1]: ax.get_legend().remove()
 
 # %% ../../nbs/report/55_inside.ipynb #75cc4e9d
-@_house
+@house
 def draw_activations(frames:Mapping[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
-    "Energy relative to the source's (above) and dead channels (below) per stage, a column per model, from `activations.study`."
+    "Energy relative to the source's (above) and dead channels (below) per stage, a column per model (four of them where epochs were kept), from `activations.study`."
     frame = _frame(frames, 'activations')
     models = list(dict.fromkeys(frame['model']))
+    if len(models) > 4: models = [models[round(i)] for i in np.linspace(0, len(models) - 1, 4)]
     axes = _axes(axes, 2, len(models), width=min(WIDTH, 2.6*len(models) + .8), sharex=True, sharey='row')
     for k, model in enumerate(models):
         rows = frame[frame['model'] == model].drop(columns=['low', 'high'])
@@ -48,7 +49,7 @@ def draw_activations(frames:Mapping[str, pd.DataFrame], axes:Sequence[Axes]|None
     return axes[0].figure
 
 # %% ../../nbs/report/55_inside.ipynb #6a3339e1
-@_house
+@house
 def draw_activation_maps(images:Mapping[str, np.ndarray], maps:Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
                          axes:Sequence[Axes]|None=None) -> Figure:
     """A row per model and data set: the image, then its map after every stage. `images`: data set -> uint8 (h w 3); `maps`: model -> data set ->
@@ -58,7 +59,7 @@ def draw_activation_maps(images:Mapping[str, np.ndarray], maps:Mapping[str, Mapp
     axes = np.reshape(_axes(axes, len(rows), len(first) + 1, width=1.05*(len(first) + 1) + .5, height=1.05), (len(rows), -1))
     top = {s: max(float(maps[m][t][s].max()) for m, t in rows) for s in first}
     for panels, (m, t) in zip(axes, rows):
-        _picture(panels[0], images[t]); panels[0].set_ylabel(f'{t}\n{m}')
+        picture(panels[0], images[t]); panels[0].set_ylabel(f'{t}\n{m}')
         for ax, s in zip(panels[1:], first):
             ax.imshow(maps[m][t][s], vmin=0, vmax=top[s], cmap='magma'); ax.set(xticks=[], yticks=[]); ax.grid(False)
     for ax, name in zip(axes[0], ('image', *first)): ax.set_title(name)
@@ -67,7 +68,7 @@ def draw_activation_maps(images:Mapping[str, np.ndarray], maps:Mapping[str, Mapp
 # %% ../../nbs/report/55_inside.ipynb #af1f2514
 def _stage_colours(stages:Sequence[str]) -> dict[str, tuple]: return dict(zip(stages, plt.get_cmap('plasma')(np.linspace(.8, .05, len(stages)))))
 
-@_house
+@house
 def draw_sharpness(frames:Mapping[str, pd.DataFrame], axes:Sequence[Axes]|None=None, model:str='trained', value:str='drop') -> Figure:
     """mIoU drop (or `value='rise'`: rise of the loss) of one model against the strength of the disturbance, a line with its interval per stage; a row
     of panels per kind, a column per data set, from `sharpness.study`."""
@@ -100,7 +101,7 @@ def _heat(ax:Axes, frame:pd.DataFrame):
         for (i, j), v in np.ndenumerate(table.to_numpy()):
             ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=6, color='white' if v < .6 else 'black')
 
-@_house
+@house
 def draw_cka(frames:Mapping[str, pd.DataFrame], axes:Sequence[Axes]|None=None, form:str='gram') -> Figure:
     """Layer by layer on the first data set, then (if `before` was given to the study) each layer with itself before training, then per model the CKA of
     every target's channels with the source's, from `cka.study`."""

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'WIDTH', 'STYLE', 'DATASET_COLOURS',
-           'FAMILY_COLOURS', 'style', 'family', 'method_styles', 'save', 'episodes', 'predictions', 'trajectory',
-           'bars_with_intervals', 'by_stage']
+           'FAMILY_COLOURS', 'style', 'house', 'family', 'method_styles', 'save', 'eight_bit', 'picture', 'outline',
+           'tinted', 'judged', 'episodes', 'predictions', 'trajectory', 'bars_with_intervals', 'by_stage']
 
 # %% ../../nbs/report/51_plots.ipynb #2c2fac05
 import contextlib, functools, io
@@ -41,7 +41,7 @@ def style():
         interactive = mpl.is_interactive()
     mpl.interactive(interactive)
 
-def _house(draw:Callable[..., Figure]) -> Callable[..., Figure]:
+def house(draw:Callable[..., Figure]) -> Callable[..., Figure]:
     "Run a drawing function in the house style; ticks are made late, so it lays the figure out before the style ends."
     @functools.wraps(draw)
     def styled(*args, **kwargs):
@@ -87,16 +87,20 @@ def save(fig:Figure, path:str|Path, frame:pd.DataFrame|None=None) -> list[Path]:
     return out
 
 # %% ../../nbs/report/51_plots.ipynb #4ead2da0
-def _picture(ax:Axes, image:np.ndarray):
-    "An 8-bit image (h w 3, or h w for grey) without axes."
+def eight_bit(image:np.ndarray) -> np.ndarray:
+    "The image, if it is uint8 of shape (h, w, 3) or (h, w); else `InputError`."
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise InputError(f"image is {image.dtype} of shape {image.shape}: expected uint8 (h, w, 3) or (h, w)")
-    ax.imshow(image, cmap='gray', vmin=0, vmax=255)
+    return image
+
+def picture(ax:Axes, image:np.ndarray):
+    "An 8-bit image (h w 3, or h w for grey) without axes."
+    ax.imshow(eight_bit(image), cmap='gray', vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[]); ax.grid(False)
     for s in ax.spines.values(): s.set_visible(False)
 
-def _outline(ax:Axes, mask:np.ndarray, colour:str):
+def outline(ax:Axes, mask:np.ndarray, colour:str):
     "The edge of a mask, with a white halo so that it shows on any image."
     mask = np.pad(np.asarray(mask, dtype=float), 1)                       # a mask that meets the border is closed there
     y, x = np.arange(-1, mask.shape[0] - 1), np.arange(-1, mask.shape[1] - 1)
@@ -104,12 +108,19 @@ def _outline(ax:Axes, mask:np.ndarray, colour:str):
         for c, w in (('white', 2.2), (colour, 1.1)): ax.contour(x, y, mask, [.5], colors=c, linewidths=w)
     ax.set(xlim=(-.5, mask.shape[1] - 2.5), ylim=(mask.shape[0] - 2.5, -.5))
 
-def _tint(ax:Axes, where:np.ndarray, colour:str, alpha:float=.4):
-    layer = np.zeros((*np.shape(where), 4))
-    layer[np.asarray(where, dtype=bool)] = mpl.colors.to_rgba(colour, alpha)
-    ax.imshow(layer)
+def tinted(image:np.ndarray, where:np.ndarray, colour:str, alpha:float=.4) -> np.ndarray:
+    "The 8-bit image (h w 3, or h w) with a part of it in a colour, as (h w 3)."
+    image = eight_bit(image)
+    if image.ndim == 2: image = image[..., None].repeat(3, 2)
+    return np.where(np.asarray(where, dtype=bool)[..., None], (1 - alpha)*image + alpha*255*np.array(mpl.colors.to_rgb(colour)), image).round().astype(np.uint8)
 
-@_house
+def judged(image:np.ndarray, truth:np.ndarray, guess:np.ndarray, void:np.ndarray|None=None) -> np.ndarray:
+    "The image with what was found, missed and falsely alarmed in the house's colours; void pixels are grey."
+    seen = np.ones_like(truth, dtype=bool) if void is None else ~void
+    for where, colour in ((truth & guess, GREEN), (truth & ~guess, BLUE), (guess & ~truth, RED)): image = tinted(image, where & seen, colour, .6)
+    return image if void is None else tinted(image, void, '#BBBBBB', .8)
+
+@house
 def episodes(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
     """Episodes side by side, support above query. `items` are (support, support mask, query, query mask): images uint8 (h w 3) or (h w),
     masks (h w). Raises `InputError` for an empty list, or images of another kind."""
@@ -117,14 +128,14 @@ def episodes(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
     n = len(items)
     fig, axes = plt.subplots(2, n, figsize=(min(WIDTH, 1.25*n + .3), 2*min((WIDTH - .3)/n, 1.25) + .35), squeeze=False)
     for k, (support, support_mask, query, query_mask) in enumerate(items):
-        _picture(axes[0, k], support); _tint(axes[0, k], support_mask, ORANGE); _outline(axes[0, k], support_mask, RED)
-        _picture(axes[1, k], query); _outline(axes[1, k], query_mask, BLUE)
+        picture(axes[0, k], tinted(support, support_mask, ORANGE)); outline(axes[0, k], support_mask, RED)
+        picture(axes[1, k], query); outline(axes[1, k], query_mask, BLUE)
         if k < len(titles): axes[0, k].set_title(titles[k], loc='center')
     for ax, name in zip(axes[:, 0], ('support', 'query')): ax.set_ylabel(name)
     return fig
 
 # %% ../../nbs/report/51_plots.ipynb #90a42ba2
-@_house
+@house
 def predictions(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
     """Rows of support | query with its true outline | prediction as found, missed, false alarm. `items` are (support, support mask, query,
     query mask, prediction) or these and a mask of ignored pixels, drawn grey and left out of the IoU. `titles` name the items. More than four
@@ -139,11 +150,9 @@ def predictions(items:Sequence[tuple], titles:Sequence[str]=()) -> Figure:
         void = np.asarray(ignore[0], dtype=bool) if ignore else np.zeros_like(truth)
         union = ((truth | guess) & ~void).sum()
         iou = (truth & guess & ~void).sum()/union if union else 1.
-        _picture(row[0], support); _tint(row[0], support_mask, ORANGE); _outline(row[0], support_mask, RED)
-        _picture(row[1], query); _outline(row[1], truth, BLUE)
-        _picture(row[2], query)
-        for where, colour in ((truth & guess, GREEN), (truth & ~guess, BLUE), (guess & ~truth, RED)): _tint(row[2], where & ~void, colour, .6)
-        _tint(row[2], void, '#BBBBBB', .8)
+        picture(row[0], tinted(support, support_mask, ORANGE)); outline(row[0], support_mask, RED)
+        picture(row[1], query); outline(row[1], truth, BLUE)
+        picture(row[2], judged(query, truth, guess, void))
         row[2].set_title(f'IoU {100*iou:.0f} %', loc='center')
         row[0].set_ylabel(name)
     for block in range(min(across, len(items))):
@@ -189,7 +198,7 @@ def _trajectory_panel(ax:Axes, rows:pd.DataFrame, looks:dict, crowded:bool):
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True, min_n_ticks=1))
     ax.margins(y=.2)
 
-@_house
+@house
 def trajectory(tidy:pd.DataFrame, ax:Axes|None=None, source:str='voc') -> Figure:
     """Class mIoU (%) against source epoch, a panel per data set (the `source` first), a line per method. `tidy` has epoch, target, method,
     miou and may have low, high and seed (see `diagnostics.trajectory.tidy_episodes`); rows without miou are left out. With `ax` the rows must be of one target.
@@ -244,7 +253,7 @@ def _bar_panel(ax:Axes, rows:pd.DataFrame, methods:list[str], colours:dict):
     ax.set_xticks([at[t] for t in targets], targets); ax.tick_params(axis='x', length=0)
     ax.set_ylim(0, min(112, 1.12*np.nanmax(rows[['value', 'high']].to_numpy())))
 
-@_house
+@house
 def bars_with_intervals(summary:pd.DataFrame, ax:Axes|None=None, label:str='class mIoU (%)') -> Figure:
     """Grouped bars of `summarise`'s rows (method, target, shot, value, low, high), a panel per shot. With `ax` the rows must be of one shot.
     Raises `InputError` for missing columns or no rows."""
@@ -268,7 +277,7 @@ def bars_with_intervals(summary:pd.DataFrame, ax:Axes|None=None, label:str='clas
     return fig
 
 # %% ../../nbs/report/51_plots.ipynb #90a42ba2-2
-@_house
+@house
 def by_stage(frame:pd.DataFrame, value:str, ax:Axes|None=None, label:str='') -> Figure:
     """A line per data set over the backbone stages, in their order of appearance: `frame` has stage, target and the column `value`, and
     may have low and high. `label` is the axis text with its unit. Raises `InputError` for missing columns or no rows."""

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..basics import InputError
 from .inside import _axes, _frame
-from .plots import BLACK, BLUE, DATASET_COLOURS, GREEN, GREY, ORANGE, PINK, RED, SKY, _house
+from .plots import BLACK, BLUE, DATASET_COLOURS, GREEN, GREY, ORANGE, PINK, RED, SKY, house
 from .tables import in_order
 
 # %% ../../nbs/report/56_studies.ipynb #00b2a263
@@ -23,7 +23,7 @@ def _interval(ax:Axes, x, frame:pd.DataFrame, value:str, colour:str, name:str=''
 def _colour(target:str) -> str: return DATASET_COLOURS.get(target, GREY)
 
 # %% ../../nbs/report/56_studies.ipynb #eae84ba8
-@_house
+@house
 def draw_stages(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Change of mIoU against training every stage, per freezing and target: ours left, the paper's right (two panels), from `stages.study` of one method."
     methods = _frame(frames, 'stages').method.unique()
@@ -46,7 +46,7 @@ def draw_stages(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -
     return axes[0].figure
 
 # %% ../../nbs/report/56_studies.ipynb #9780a434
-@_house
+@house
 def draw_combinations(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None, level:str='image', cutoff:float|None=None) -> Figure:
     "Gain in mIoU of the nine combinations, a panel per data set, from `frequency.study`; `cutoff` None takes the middle of those swept."
     frame = _frame(frames, 'combinations')
@@ -69,7 +69,7 @@ def draw_combinations(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=N
     axes[0].set_ylabel('amplitude kept')
     return axes[0].figure
 
-@_house
+@house
 def draw_cutoffs(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None, level:str='image') -> Figure:
     "mIoU against the cut-off for low and for high amplitude (whole phase), a panel per data set, from `frequency.study`; the dashed line is the unfiltered segmenter."
     frame = _frame(frames, 'combinations')
@@ -86,9 +86,11 @@ def draw_cutoffs(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None, 
     axes[0].set_ylabel('class mIoU (%)'); axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
     return axes[0].figure
 
-_CONDITION = {'plain': BLACK, 'best': GREEN, 'worst': RED, 'recipe': BLUE}
+_CONDITION = {'plain': BLACK, 'best': GREEN, 'worst': RED, 'recipe': BLUE, 'after LFM': BLUE}
 
-@_house
+def _named(frame:pd.DataFrame) -> bool: return bool(frame['condition'].str.contains(':').any())          # the filter is named: another one in each panel
+
+@house
 def draw_correlation(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None, level:str='feature') -> Figure:
     "Distribution of |r| between channels under each condition, a panel per data set, from `frequency.study`; left is less correlated."
     frame = _frame(frames, 'cdf')
@@ -98,11 +100,13 @@ def draw_correlation(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=No
     for ax, target in zip(axes, targets):
         for condition, f in frame[frame.target == target].groupby('condition', sort=False):
             _interval(ax, f.r, f, 'value', _CONDITION.get(condition.split(':')[0], GREY), condition.replace(': ', ':\n'))
-        ax.set_title(target); ax.set_xlabel('|r| between channels'); ax.legend(fontsize=5.5, handlelength=1)
+        ax.set_title(target); ax.set_xlabel('|r| between channels')
+        if _named(frame): ax.legend(fontsize=5.5, handlelength=1)
+    if not _named(frame): axes[-1].legend(loc='center left', bbox_to_anchor=(1, .5))
     axes[0].set_ylabel('share of pairs below')
     return axes[0].figure
 
-@_house
+@house
 def draw_relation(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Mean rise in IoU against mean fall in channel correlation, a point per data set and condition with its intervals (one panel), from `frequency.study`."
     frame = _frame(frames, 'relation')
@@ -119,7 +123,7 @@ def draw_frequency(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None
     return draw_combinations(frames, axes)
 
 # %% ../../nbs/report/56_studies.ipynb #1107214d
-@_house
+@house
 def draw_trajectory(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Fall of mIoU from the peak to the last epoch per method, a panel per data set, in the usual (hollow) and in the fair way (filled), from `trajectory.study`."
     frame = _frame(frames, 'falls')
@@ -138,7 +142,7 @@ def draw_trajectory(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=Non
     return axes[0].figure
 
 # %% ../../nbs/report/56_studies.ipynb #d4bde5ff
-@_house
+@house
 def draw_errors(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Precision against recall with 95 % intervals, a panel per data set, a point per method (what two of them say together is left out), from `errors.study`."
     frame = _frame(frames, 'errors')
@@ -157,7 +161,7 @@ def draw_errors(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -
     return axes[0].figure
 
 # %% ../../nbs/report/56_studies.ipynb #8aff272d
-@_house
+@house
 def draw_granularity(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Consistency, distinction and margin against the number of regions across (three panels), a colour per data set: superpixels solid, grid dashed, cells as stars."
     frame = _frame(frames, 'granularity')
@@ -174,7 +178,7 @@ def draw_granularity(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=No
     return axes[0].figure
 
 # %% ../../nbs/report/56_studies.ipynb #60a6a189
-@_house
+@house
 def draw_calibration(frames:dict[str, pd.DataFrame], axes:Sequence[Axes]|None=None) -> Figure:
     "Mean gain over no LCM for each value of K, w, beta and patch (four panels), the others averaged out, a line per data set, from `calibration.study`."
     frame = _frame(frames, 'effects')
