@@ -7,8 +7,8 @@ from cdfss.models.backbones import BackboneOptions, create_backbone
 from cdfss.models.segmenter import BASES
 
 discover()
-RECIPES = sorted({*BASES, *(f'ssp+{m}' for m in MODULES), *ALIASES, 'ssp+lem+lcm'})          # every pair is compared with its base besides
-PAIRS = [(b, m) for b in sorted(BASES) for m in sorted(MODULES)]
+PAIRS = [(b, m) for b in sorted(BASES) for m in sorted(MODULES) if 'attend' not in MODULES[m].seams or BASES[b].attends]
+RECIPES = sorted({*BASES, *(f'{b}+{m}' for b, m in PAIRS), *ALIASES, 'ssp+lem+lcm'})
 
 def episode(b=2, k=1, size=65, seed=0, void=True) -> Episode:
     """Coloured noise with a rectangle of another colour as object; the query and supports of an episode share both colours. Superpixels are

@@ -76,6 +76,7 @@ def test_weights_carry_everything(recipe):
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_five_equal_supports_are_one(recipe):
+    if parse_recipe(recipe).base == 'hdmnet': pytest.skip('its matching adds up over the supports (models/15_hdmnet)')
     seg, one = segmenter(recipe), episode(2)
     many = lambda t: t.expand(-1, 5, *t.shape[2:])
     five = dataclasses.replace(one, support=many(one.support), support_masks=many(one.support_masks), support_ignore=many(one.support_ignore),

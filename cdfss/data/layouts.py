@@ -140,16 +140,16 @@ def raise_or_keep(problems: list[str], on_error: str):
         raise InputError(f"{problems[0]} ({more}on_error='skip' leaves them out)")
 
 def open_dataset(name: str, data_root: str | Path, split: str | None=None, on_error: str='stop', min_area: int=1) -> DataSet:
-    """Lists one split of a data set. `min_area` (voc only): the fewest native pixels a class needs in an image to count (SSP: 2048).
+    """Lists one split of a data set. `min_area` (voc and coco): the fewest native pixels a class needs in an image to count (SSP: 2048).
 
     Raises `InputError` for an unknown name or split, a missing folder and, unless `on_error='skip'`, the first faulty file."""
     lay, root = DATASETS[name], Path(data_root)
     split = split or lay.splits[0]
     if split not in lay.splits: raise unknown(f"split of data set '{name}'", split, lay.splits)
-    if min_area < 1 or (min_area > 1 and name != 'voc'):
-        raise InputError(f"min_area={min_area}: expected 1 or more, and 1 for every data set but voc")
+    if min_area < 1 or (min_area > 1 and name not in ('voc', 'coco')):
+        raise InputError(f"min_area={min_area}: expected 1 or more, and 1 for every data set but voc and coco")
     if not root.is_dir(): raise InputError(f"data_root={root}: no such folder: give the folder that holds the data sets")
-    data = lay.read(root, split, min_area) if name == 'voc' else lay.read(root, split)
+    data = lay.read(root, split, min_area) if name in ('voc', 'coco') else lay.read(root, split)
     raise_or_keep(data.problems, on_error)
     data.on_error = on_error
     if not data.items:

@@ -57,13 +57,15 @@ def judge(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifest, 
     IoU of the two masks and the share of pixels on which they agree (target, shot, pair, index, iou, same). Segmenters may have different backbones."""
     groups = {}
     for name, s in segmenters.items(): groups.setdefault(id(s.backbone), {})[name] = s.eval()
-    encoded = [(g, FeatureStore(first := next(iter(g.values())), store, needed_stages(g), device=device_of(first))) for g in groups.values()]
+    shared = lambda g: all(s.shares_encoding for s in g.values())                         # a method that changes its images encodes them itself
+    encoded = [(g, FeatureStore(first, store, needed_stages(g), device=device_of(first)) if shared(g) else None, device_of(first))
+               for g in groups.values() for first in [next(iter(g.values()))]]
     scored, agreed = [], []
     for start in range(0, len(manifest), batch):
         part = manifest.episodes[start:start + batch]
         masks = {}
-        for group, features in encoded:
-            found, target, void = predict(group, store, part, features, features.device)
+        for group, features, device in encoded:
+            found, target, void = predict(group, store, part, features, device)
             masks |= found
         about = dict(target=manifest.dataset, shot=manifest.shot, index=range(start, start + len(part)), cls=[c for _, _, c in part])
         for a, b in itertools.combinations(segmenters, 2):
@@ -72,7 +74,8 @@ def judge(segmenters:dict[str, Segmenter], store:ImageStore, manifest:Manifest, 
             agreed.append(pd.DataFrame(about | dict(pair=f'{a}, {b}', iou=np.where(either > 0, both/np.maximum(either, 1), 1.), same=1 - (either - both)/np.maximum(valid, 1))))
             masks |= {f'{a} & {b}': x & y, f'{a} | {b}': x | y}
         scored += [pd.DataFrame(about | dict(method=name) | dict(zip(COUNTS, confusion(m, target, void).cpu().numpy().T))) for name, m in masks.items()]
-    for _, features in encoded: features.__exit__()
+    for _, features, _ in encoded:
+        if features: features.__exit__()
     return pd.concat(scored, ignore_index=True), pd.concat(agreed, ignore_index=True) if agreed else pd.DataFrame()
 
 def agreement(episodes:pd.DataFrame, draws:int=1000) -> pd.DataFrame:
@@ -84,8 +87,9 @@ def agreement(episodes:pd.DataFrame, draws:int=1000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 def study(segmenter:Segmenter, source:Domain|None, targets:dict[str, Domain], *, episodes:int=120, seed:int=0, name:str='segmenter', draws:int=1000) -> dict[str, pd.DataFrame]:
-    "`errors` of the segmenter, of a prototype and of an affinity predictor on its features and of what two of them say together, and their `agreement`."
-    three = {name: segmenter, 'prototype': Prototype(segmenter.backbone), 'affinity': Affinity(segmenter.backbone)}
+    """`errors` of the segmenter, of a prototype and of an affinity predictor on its features and of what two of them say together, and their `agreement`.
+    The prototype predictor of a segmenter that has one (PAHNet) is that one."""
+    three = {name: segmenter, 'prototype': getattr(segmenter, 'predicts', None) or Prototype(segmenter.backbone), 'affinity': Affinity(segmenter.backbone)}
     found = {'errors': [], 'agreement': []}
     for store, manifest in domains(source, targets, episodes).values():
         scored, agreed = judge(three, store, manifest)

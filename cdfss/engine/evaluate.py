@@ -92,10 +92,10 @@ class FeatureStore:
 
 # %% ../../nbs/engine/33_evaluate.ipynb #944754ea
 def lasting_features(segmenter:Segmenter, store:ImageStore, stages:tuple[str, ...], *, memory:float=1e9, **how) -> FeatureStore|None:
-    "A feature store that outlives training steps; None where training changes the backbone, modules act on images or stages, or the data set is too large."
+    "A feature store that outlives training steps; None where training changes the backbone, modules or the base act on images or stages, or the data set is too large."
     net, was = segmenter.backbone, segmenter.training
     acts = any({'images', 'stage'} & set(m.seams) for m in segmenter.extras)
-    if acts or segmenter.tunes_backbone or net.bn == 'train' or any(p.requires_grad for p in net.parameters()): return None
+    if acts or not segmenter.shares_encoding or net.bn == 'train' or any(p.requires_grad for p in net.parameters()): return None
     found = FeatureStore(segmenter.eval(), store, stages, memory=memory, disk=0, **how)
     found.get([0])
     segmenter.train(was)

@@ -22,7 +22,7 @@ class FitOptions(Options):
     fit_episodes:int|None  = option(None, "source episodes an epoch", low=1)
     batch:int              = option(8, "episodes a step", low=1)
     fit_shot:int           = option(1, "supports of a training episode", low=1)
-    optimizer:str          = option('sgd', "sgd (SSP) or adam (HSNet, PATNet)", choices=('sgd', 'adam'))
+    optimizer:str          = option('sgd', "sgd (SSP), adam (HSNet, PATNet) or adamw (HDMNet)", choices=('sgd', 'adam', 'adamw'))
     lr:float               = option(1e-3, "learning rate (SSP, HSNet: 0.001)", low=0)
     schedule:str           = option('step', "step: a tenth at 1/3 and 2/3 of all steps (SSP); constant; poly: power 0.9", choices=('step', 'constant', 'poly'))
     momentum:float         = option(0.9, "momentum of SGD", low=0, high=1)
@@ -32,7 +32,7 @@ class FitOptions(Options):
 
 def optimizer_of(params, o:FitOptions) -> torch.optim.Optimizer:
     "The optimizer that the options name."
-    if o.optimizer == 'adam': return torch.optim.Adam(params, lr=o.lr, weight_decay=o.weight_decay, fused=True)
+    if o.optimizer != 'sgd': return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[o.optimizer](params, lr=o.lr, weight_decay=o.weight_decay, fused=True)
     return torch.optim.SGD(params, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
 
 def rate(schedule:str, step:int, total:int) -> float:

@@ -54,7 +54,8 @@ class Protocol:
         if bool(self.folds) != (fold is not None):
             raise InputError(f"protocol '{self.name}' with fold={fold}: expected {'a fold, 0 to 3' if self.folds else 'no fold'}")
         if fold is not None: self.fold_classes(fold)
-        return (self.target(dataset).split + ('' if fold is None else str(fold))) or None
+        way = '-blocks' if dataset == 'coco' and self.folds == 'blocks' else ''
+        return (self.target(dataset).split + ('' if fold is None else f'{fold}{way}')) or None
 
     def draw(self, dataset:DataSet, shot:int=1, seed:int|None=None) -> Manifest:
         "The protocol's episodes on an opened data set; `seed` defaults to the protocol's first."

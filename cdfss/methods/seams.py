@@ -129,4 +129,6 @@ def build(recipe:str|Recipe, backbone:Backbone, values:dict|None=None) -> Segmen
     for name, m in zip(recipe.modules, modules):
         wrong = [s for s in m.seams if s not in SEAMS]
         if wrong: raise InputError(f"module '{name}' names the seam '{wrong[0]}', which does not exist; seams: {', '.join(SEAMS)}")
+        if 'attend' in m.seams and not BASES[recipe.base].attends:
+            raise InputError(f"method='{recipe}': '{name}' acts in attention blocks, and '{recipe.base}' has none; bases that do: {', '.join(b for b in sorted(BASES) if BASES[b].attends)}")
     return BASES[recipe.base](backbone, modules, options_of(recipe.base, BASES[recipe.base].Options, values))

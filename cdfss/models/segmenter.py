@@ -26,6 +26,8 @@ class Match:
     extras: dict[str, Int[Tensor, "b k+1 _ _"]] = field(default_factory=dict)
     made: dict = field(default_factory=dict, repr=False)
     held: dict[str, Tensor] = field(default_factory=dict)            # what the base has computed of it already (`Segmenter.hold`)
+    cls: Int[Tensor, "b"]|None = None                # as in `Episode`
+    guide: Float[Tensor, "b g g"]|None = None        # a separate predictor's foreground probability (models/14_affinity)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
@@ -35,7 +37,7 @@ class Match:
         return fg.float(), bg.float()
 
 # %% ../../nbs/models/09_segmenter.ipynb #0236eb8e
-SEAMS = ('images', 'stage', 'features', 'scores', 'mask')
+SEAMS = ('images', 'stage', 'features', 'attend', 'scores', 'mask')
 BASES = Registry('base method')
 IGNORE = 255     # inside losses only: torch's cross entropy wants ignored pixels as a label
 
@@ -57,6 +59,7 @@ class Segmenter(nn.Module):
     reads: tuple[str, ...] = ()
     tuning: Tuning|None = None               # of a base that adapts by itself
     rehearsal_shots: int|None = None         # supports shown at once in a rehearsal, in turn from step to step; None: all the others
+    attends: bool = False                    # has attention blocks, and so the `attend` seam
     Options: type[Options] = Options
 
     @staticmethod
@@ -125,7 +128,7 @@ class Segmenter(nn.Module):
         b, k = episode.support.shape[:2]
         if stages is None: stages = self.encode(torch.cat([episode.query, episode.support.flatten(0, 1)]), queries=b)
         fg, bg = Match.masks(episode.support_masks, episode.support_ignore)
-        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras)
+        return Match({n: f[:b] for n, f in stages.items()}, {n: f[b:].unflatten(0, (b, k)) for n, f in stages.items()}, fg, bg, episode.extras, cls=episode.cls)
 
     def compare(self, match:Match) -> dict[str, Tensor]:
         "Coarse scores at feature resolution under `scores` (b 2 h w, [background, foreground]), and what `losses` and diagnostics want."
