@@ -3,6 +3,8 @@ import dataclasses, math
 import pytest, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from cdfss.basics import InputError
+from cdfss.data.images import ImageStore
+from cdfss.engine.evaluate import lasting_features
 from cdfss.episode import Episode
 from cdfss.methods.pahnet import Enhancement, pool
 from cdfss.methods.seams import build
@@ -53,6 +55,19 @@ def test_fused_attention_is_the_plain_form():
     a, (k, v) = attention.split(attention.q(q)), map(attention.split, attention.kv(q).chunk(2, -1))
     plain = ((a @ k.mT)/math.sqrt(8)).masked_fill(~same[:, :, None], -math.inf).softmax(-1) @ v
     assert torch.allclose(attention(q, same), attention.merge(plain), atol=1e-6)
+
+# ---- stored features -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('recipe', ['sccan', 'hdmnet', 'pahnet'])
+def test_stored_features_change_no_loss(recipe):
+    seg, e = segmenter(recipe).train(), episode(2, 2)
+    stored = seg.encode(torch.cat([e.query, e.support.flatten(0, 1)]), queries=2)
+    def terms(stages):
+        torch.manual_seed(0)                                                                       # of the dropout
+        return seg.loss(e, stages)
+    a, b = terms(None), terms(stored)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    kept = lasting_features(seg, object.__new__(ImageStore), ()) if recipe == 'hdmnet' else ...
+    assert (kept is None) == (recipe == 'hdmnet') == (not seg.shares_encoding)                     # HDMNet encodes its supports under their masks
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('recipe,values,reason', [

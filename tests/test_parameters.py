@@ -167,9 +167,9 @@ def test_everything_else_changes_the_name(base):
     other = dict(method='ssp', seed=1, source='chest', targets='chest', size=64, on_error='skip', min_area=2, shots='5', protocol='balanced', test_seed=1, test_episodes=7,
                  track='none', track_episodes=7, compare=False, samples=1, epochs=2, fit_episodes=9, batch=4, fit_shot=2, lr=.1, schedule='poly', momentum=.5,
                  weight_decay=0.0, border='background', precision='bf16', backbone='resnet18', last_stage='stage2', output_stride=16, last_relu=True, pixels='half',
-                 freeze='stem', bn='eval', guard=False, optimizer='adam')
+                 freeze='stem', bn='eval', guard=False, optimizer='adam', keep_epochs=True)
     tuning = dict(adapt_steps=3, adapt_lr=.5, adapt_optimizer='sgd')
-    skipped = {*train_module.NOT_HASHED, *method_options(), *tuning}
+    skipped = {*train_module.NOT_HASHED, *method_options(), *tuning, 'fold'}                       # of a fold: tests/test_folds.py
     assert set(other) == {f.name for f in dataclasses.fields(TrainSettings)} - skipped, 'a new parameter: say here how it changes the name'
     names = {k: name(s, data, **{k: v}) for k, v in other.items()}
     assert len({*names.values(), name(s, data)}) == len(names) + 1
@@ -182,7 +182,7 @@ def test_options_count_where_their_method_is_used(base):
     for f, field in method_options().items():
         v = field.default
         new = not v if isinstance(v, bool) else next(c for c in field.metadata['choices'] if c != v) if field.metadata['choices'] else \
-            'stage1' if isinstance(v, str) else .5 if v is None else v + 1 if isinstance(v, int) else v/2
+            'stage1' if isinstance(v, str) else {int | None: 64, str | None: 'there'}.get(field.type, .5) if v is None else v + 1 if isinstance(v, int) else v/2
         assert (name(s, data, method='ssp', **{f: new}) != plain) == (f in used_options('ssp')), f
         assert (name(s, data, **{f: new}) != lcm) == (f in used_options('lcm')), f
     assert {'ssp_refine', 'lcm_k'} <= {*used_options('lcm')} and 'lcm_k' not in used_options('ssp')

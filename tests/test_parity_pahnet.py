@@ -125,17 +125,19 @@ def whole(folder, case, k):
     e = Episode(x[:, 0], x[:, 1:], masks[:, 1:] == 1, query_mask=masks[:, 0] == 1, ignore=masks[:, 0] == 255, support_ignore=masks[:, 1:] == 255, cls=torch.tensor([3, 9])[:b])
     return a, entry['recommended_atol'], state, e
 
-def losses(seg, e):
-    "Loss terms in training, without dropout."
+def stages_of(seg, e): return seg.encode(torch.cat([e.query, e.support.flatten(0, 1)]), queries=len(e.query)) if seg.shares_encoding or seg.plus else None
+
+def losses(seg, e, stages):
+    "Loss terms in training, without dropout; frozen stages are taken as they are known."
     seg.train()
     for m in seg.modules():
         if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d)): m.eval()
-    return seg.loss(e)
+    return seg.loss(e, stages)
 
 def every(x): return x[..., ::2, ::2]
 def places(x): return x.mT.unflatten(2, (64, 64))
 
-def read_sccan(seg, e, k):
+def read_sccan(seg, e, stages, k):
     "What goes into SCCAN's first block (before PFE) and comes out of the last, and its answers, as the reference arrays have them."
     got, attended = {}, seg.attended
     def first(a):
@@ -143,7 +145,7 @@ def read_sccan(seg, e, k):
         return attended(a)
     seg.attended = first
     seg.norm.register_forward_hook(lambda m, i, o: got.update(swin_out=places(o)[:, ::16, ::4, ::4]))
-    out = seg.compare(seg.match(e))
+    out = seg.compare(seg.match(e, stages))
     seg.attended = attended
     if seg.plus: got |= {f'pseudo_mask_{n}': every(out['pseudo'][i]) for n, i in (('first', 0), ('last', -1))}
     whole, step = {n: resize(out[key], (97, 97)) for n, key in (('meta', 'meta'), ('final', 'scores'))}, 2 if k == 1 else 4
@@ -155,16 +157,18 @@ def read_sccan(seg, e, k):
 def test_sccan(cases, k):
     a, tol, state, e = whole(cases('sccan_full'), 'sccan_full', k)
     seg = from_official('sccan', {n: v for n, v in state.items() if not n.startswith('kshot_rw')})
-    for n, v in read_sccan(seg, e, k).items(): close(v, a[f'k{k}_{n}'], tol, n)
-    close(losses(seg, e)['meta'], a[f'k{k}_losses'][0], tol, 'loss')
+    stages = stages_of(seg, e)
+    for n, v in read_sccan(seg, e, stages, k).items(): close(v, a[f'k{k}_{n}'], tol, n)
+    close(losses(seg, e, stages)['meta'], a[f'k{k}_losses'][0], tol, 'loss')
 
 @pytest.mark.parametrize('k', [1, 5])
 @torch.no_grad()
 def test_pahnet_on_sccan(cases, k):
     a, tol, state, e = whole(cases('pahnet_sccan_full'), 'pahnet_sccan_full', k)
     seg = from_official('sccan+pfe+asc', state)
-    for n, v in read_sccan(seg, e, k).items(): close(v, a[f'k{k}_{n}'], tol, n)
-    terms = losses(seg, e)
+    stages = stages_of(seg, e)
+    for n, v in read_sccan(seg, e, stages, k).items(): close(v, a[f'k{k}_{n}'], tol, n)
+    terms = losses(seg, e, stages)
     close(torch.stack([terms[n] for n in ('final', 'meta', 'pseudo')]), a[f'k{k}_losses'], tol, 'losses')
 
 @pytest.mark.parametrize('k', [1, 5])
@@ -175,7 +179,8 @@ def test_hdmnet(cases, case, k):
     a, tol, state, e = whole(folder, case, k)
     seg, got = from_official('hdmnet+pfe+asc' if guided else 'hdmnet', state), {}
     seg.hierarchy.register_forward_hook(lambda m, i, o: got.update({'similarity': i[3], 'query_in': i[0][:, ::4], 'transformer_out': o[0]} | {f'weight{n}': w for n, w in enumerate(o[1])}))
-    match = seg.match(e)
+    stages = stages_of(seg, e)
+    match = seg.match(e, stages)
     out = seg.compare(match)
     if guided:
         got |= {f'pseudo_mask_{n}': every(out['pseudo'][i]) for n, i in (('first', 0), ('last', -1))}
@@ -184,6 +189,6 @@ def test_hdmnet(cases, case, k):
     full = {n: resize(out[n], (97, 97)) for n in ('base', 'meta', 'scores')}
     for n, name, step in (('base', 'base', 8), ('meta', 'meta', 2 if k == 1 else 4), ('final', 'scores', 2)): got[n] = full[name][..., ::step, ::step]
     for n, v in got.items(): close(v, a[f'k{k}_{n}'], tol, n)
-    terms = losses(seg, e)
+    terms = losses(seg, e, stages)
     with np.load(folder/'transformer_inputs.npz') as z: known = F.cross_entropy(full['base'], torch.from_numpy(z['base_map'][:len(e.cls)]).long(), ignore_index=255)
     close(torch.stack([terms['final'] + terms['meta'], terms['distillation'], known + terms.get('pseudo', 0)]), a[f'k{k}_losses'], tol, 'losses')
