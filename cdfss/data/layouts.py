@@ -126,9 +126,9 @@ class Layout:
 DATASETS = Registry('data set')
 
 def layout(name: str, *splits: str) -> Callable:
-    "Decorator: registers a reader under `name`."
+    "Decorator: registers a reader under `name`; the exported copy of a reader that a notebook defines is not a second one."
     def add(read):
-        DATASETS.register(name)(Layout(read, splits or ('test',)))
+        if name not in DATASETS or DATASETS[name].read.__qualname__ != read.__qualname__: DATASETS.register(name)(Layout(read, splits or ('test',)))
         return read
     return add
 
