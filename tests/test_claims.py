@@ -71,3 +71,12 @@ def test_kept_answers_only_the_same_question(study):
     run = study.runs[0]
     assert diagnosis.kept(run, 'errors', 'ssp') and diagnosis.kept(run, 'errors', 'ssp', {}) and diagnosis.kept(run, 'errors', 'ssp', {'seed': 1}) is None
     assert diagnosis.kept(run, 'granularity', 'ssp') is None
+
+def test_calibration_speaks_of_lcms_own_rule():
+    "The tables also say by which rule the episodes were drawn; that is not LCM's."
+    sweep = pd.DataFrame([dict(target=t, k=k, w=.6, beta_rule=r, beta=b, patch=1, gain=g, rule='patnet, 120 of 600') for t in ('isic', 'chest') for k, r, b, g in ((3, 'fixed', .7, 1.), (8, 'fixed', .8, 4.), (8, 'mean', math.nan, 2.))])
+    chosen = pd.DataFrame([dict(target=t, choice='chosen on the other half', gain=4., gain_low=3., gain_high=5.) for t in ('isic', 'chest')])
+    f = diagnosis.calibration_finding(dict(calibration=sweep, chosen=chosen), 'voc', 'ssp')
+    assert f.options == dict(lcm_k=8, lcm_w=.6, lcm_beta_rule='fixed', lcm_beta=.8, lcm_patch=1) and f.modules == ('lcm',) and 'beta_rule fixed' in f.text and 'patnet' not in f.text
+    adaptive = diagnosis.calibration_finding(dict(calibration=sweep.assign(gain=[0., 0., 5.]*2), chosen=chosen), 'voc', 'ssp')
+    assert adaptive.options['lcm_beta_rule'] == 'mean' and adaptive.options['lcm_beta'] == .7

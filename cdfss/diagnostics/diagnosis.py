@@ -208,7 +208,7 @@ def granularity_finding(frames, home:str, method:str) -> Finding:
 def calibration_finding(frames, home:str, method:str) -> Finding:
     fair = over_targets(_split(frames['chosen'], home), 'gain', 'gain_low', 'gain_high', 'choice').loc['chosen on the other half']
     f = _split(frames['calibration'], home)
-    keys = ['k', 'w', 'rule', 'beta', 'patch']
+    keys = ['k', 'w', 'beta_rule', 'beta', 'patch']
     best = f.assign(beta=f['beta'].fillna(-1)).groupby(keys, sort=False)['gain'].mean().idxmax()
     o = {f'lcm_{k}': v for k, v in zip(('k', 'w', 'beta_rule', 'beta', 'patch'), best)} | ({'lcm_beta': .7} if best[2] == 'mean' else {})
     o = {k: int(v) if k in ('lcm_k', 'lcm_patch') else v if isinstance(v, str) else float(v) for k, v in o.items()}
