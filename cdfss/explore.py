@@ -20,6 +20,7 @@ from .engine.metrics import confusion
 from .engine.runs import Run
 from .methods.lfm import mask_frequencies
 from .methods.loec import LCM, LCMOptions, anchors
+from .methods.seams import MODULES
 from .models.segmenter import BASES, Match
 from .report.plots import BLUE, ORANGE, RED, judged, tinted
 
@@ -74,8 +75,8 @@ class Explorer:
     and modules that act on images or stages at test are not applied."""
     def __init__(self, subject:Subject):
         self.subject, self.segmenter = subject, subject.segmenter
-        self.others = [m for m in self.segmenter.extras if not isinstance(m, LCM)]
-        self.lcm = next((m.options for m in self.segmenter.extras if isinstance(m, LCM)), LCMOptions(w=0.))
+        self.others = [m for m in self.segmenter.extras if not isinstance(m, MODULES['lcm'])]
+        self.lcm = next((m.options for m in self.segmenter.extras if isinstance(m, MODULES['lcm'])), LCMOptions(w=0.))
         net = self.segmenter.backbone
         self.stages, self.read = net.names, tuple(n for n in net.outputs if n in {*net.names, *self.segmenter.needed})
         self.features = {t: FeatureStore(self.segmenter, store, self.read) for t, (store, _) in subject.targets.items()}

@@ -15,6 +15,7 @@ from ..data.images import ImageStore
 from ..data.manifests import Manifest
 from .domains import Domain, class_rate, domains, halves, matches, middle, plugged, resamples, stamp
 from ..methods.loec import LCM, LCMOptions
+from ..methods.seams import MODULES
 from ..models.segmenter import Segmenter
 
 # %% ../../nbs/diagnostics/48_calibration.ipynb #229e67ee
@@ -41,7 +42,7 @@ def sweep(segmenter:Segmenter, store:ImageStore, manifest:Manifest, table:pd.Dat
     groups = {key: g for key, g in table.reset_index(drop=True).groupby(['patch', 'k', 'w'], sort=False)}
     tp, fp = (np.zeros((1 + len(table), len(manifest))) for _ in range(2))
     positives = np.zeros(len(manifest))
-    own = [m for m in segmenter.extras if not isinstance(m, LCM)]
+    own = [m for m in segmenter.extras if not isinstance(m, MODULES['lcm'])]
     most = int(table.k.max())
     with plugged(segmenter, own):
         for at, match, target, void in matches(segmenter, store, manifest, stages=tuple(n for n in segmenter.backbone.outputs if n in {*segmenter.needed, stage}), batch=batch):
