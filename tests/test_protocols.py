@@ -45,7 +45,7 @@ def test_folds(name, fold, first):
     p = PROTOCOLS[name]
     assert p.fold_classes(fold)[:5] == first
     assert sorted(c for f in range(4) for c in p.fold_classes(f)) == list(range(4*p.fold_size))       # every class is tested once
-    assert p.split(p.targets[0].dataset, fold) == f'val{fold}'
+    assert p.split(p.targets[0].dataset, fold) == f'val{fold}' + '-blocks'*(name == 'coco-20i-blocks')                      # COCO's own are interleaved
     with pytest.raises(InputError, match='expected 0 to 3'): p.split(p.targets[0].dataset, 4)
     with pytest.raises(InputError, match='expected a fold'): p.split(p.targets[0].dataset)
     with pytest.raises(InputError, match='expected no fold'): PROTOCOLS['patnet'].split('isic', 1)

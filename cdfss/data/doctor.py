@@ -144,7 +144,7 @@ class Report:
 # %% ../../nbs/data/10_doctor.ipynb #e36bf32b
 HOMES = {'voc': ('VOC2012', 'PASCAL', 'VOCdevkit'), 'fss': ('FSS-1000', 'FSS1000', 'fewshot_data'), 'deepglobe': ('Deepglobe',),
          'isic': ('ISIC', 'ISIC2018', 'ISIC2018_Task1-2_Training_Input'), 'chest': ('LungSegmentation', 'Lung Segmentation', 'Lung_Segmentation'),
-         'davis': ('DAVIS',), 'nuclei': ('DSB2018',), 'cracks': ('CrackForest',), 'kvasir': ('Kvasir-SEG',)}
+         'davis': ('DAVIS',), 'nuclei': ('DSB2018',), 'cracks': ('CrackForest',), 'kvasir': ('Kvasir-SEG',), 'coco': ('COCO',)}
 SHARED_BY_CLASSES = {'deepglobe'}            # one patch lies in the folder of every class it holds: not a copy that harms
 
 class _Findings:
@@ -161,7 +161,7 @@ def _open_all(root: Path, findings: _Findings) -> dict[str, list[DataSet]]:
     for name in DATASETS:
         if not any(_descend(root, h) for h in HOMES.get(name, ())): continue
         splits = []
-        for s in {'voc': ('trn', 'val'), 'fss': ('all',)}.get(name, (None,)):
+        for s in {'voc': ('trn', 'val'), 'coco': ('trn', 'val'), 'fss': ('all',)}.get(name, (None,)):
             try: splits.append(open_dataset(name, root, s, on_error='skip'))
             except InputError as e: findings.add(name, 'not ready', [e])
         if not splits: continue
