@@ -100,3 +100,10 @@ def test_a_run_without_a_fold_keeps_its_folder(monkeypatch):
     monkeypatch.setattr(module, 'run_hash', lambda settings: str(hashed.append(settings)))
     for one in (s, dataclasses.replace(s, fold=None)): open_run(one, data)
     assert hashed[0]['fold'] == 0 and hashed[1] == {k: v for k, v in hashed[0].items() if k != 'fold'}
+
+def test_a_run_of_a_fold_is_whole(tmp_path):
+    "Its target carries the fold in its name from the first epoch to the results."
+    from cdfss.engine.train import TrainSettings, train
+    run = train(TrainSettings(method='ssp', protocol='pascal-5i', fold=0, epochs=1, fit_episodes=4, test_episodes=6, track_episodes=4, shots='1', samples=1, runs=str(tmp_path)), say=lambda line: None)
+    [row] = run.metrics['results']
+    assert row['target'] == 'voc-fold0' and row['episodes'] == 6 and set(run.episodes.target) == {'voc-fold0'} and 'miou/ssp/voc-fold0' in run.history

@@ -366,7 +366,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         if wanted and s.keep_epochs: save_weights(segmenter, run.path/'epochs'/f'{epoch}.safetensors')
         for name, manifest in data.followed.items() if wanted else ():
             store = data.validation if name == s.source else data.targets[name]
-            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', features=lasting[name], **how)
+            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', features=lasting[name], **how).assign(target=name)
             tracked.append(frame)
             for m, f in frame.groupby('method', sort=False):
                 if name != s.source: row[f'miou/{m}/{name}'] = round(METRICS['class_miou'](f), 3)
@@ -400,7 +400,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         features = lasting[name] or (FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None)
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
-            frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how))
+            frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how).assign(target=name))
         if features: features.__exit__()
     frame = pd.concat(frames, ignore_index=True)
     run.write_frame('episodes.parquet', frame)
