@@ -64,7 +64,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-ADDED = dict(keep_epochs=False, fold=None, eval_size='working')      # not hashed at these values: runs made before they existed keep their folders
+ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl')      # not hashed at these values: runs made before they existed keep their folders
 NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
@@ -134,6 +134,10 @@ def resolve(settings:Options) -> Options:
     given = standing('miniature' if s.data_root is None else 'real', parse_recipe(s.method).base)
     s = dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
     recipe = parse_recipe(s.method)
+    if s.augment != 'none' and s.epochs and 'augment' not in recipe.modules:
+        s = dataclasses.replace(s, method=f'{recipe}+augment', augment_rule=s.augment_rule or s.augment)
+        recipe = parse_recipe(s.method)
+    if s.augment_rule is None: s = dataclasses.replace(s, augment_rule='sccan' if BASES[recipe.base].attends else 'hsl')
     by_task = any(kind.tuning and kind.tuning.pool == 'task' for kind in (BASES[recipe.base], *(MODULES[m] for m in recipe.modules)))
     if s.data_root is None and s.test_episodes is None and by_task: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
     s = dataclasses.replace(s, **resolve_backbone(part(s, BackboneOptions)).dict())
