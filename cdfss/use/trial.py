@@ -89,7 +89,7 @@ def draw_trial(pool:Sequence[Example], most:int, queries:int, seed:int) -> list[
     return out
 
 # %% ../../nbs/use/73_trial.ipynb #3a2b7413
-MASKS = ('mask', 'box', 'box as drawn', 'scribble')                          # what the user gives; `box as drawn`: without the refinement of `FewShot`
+MASKS = ('mask', 'box', 'box as drawn', 'scribble')                          # what the user gives; `box as drawn`: `cut_boxes=False`
 
 def share(segs:Iterable[FewShot], kept:dict):
     "Let segmenters of one backbone and size encode each picture once, by the one that reads most."
@@ -107,14 +107,13 @@ def share(segs:Iterable[FewShot], kept:dict):
 
 def show(seg:FewShot, supports:Sequence[Example], kind:str) -> float:
     "Fit on examples in one of the ways of `MASKS`; returns the share of pixels that were marked."
-    seg.box_rounds = 0 if kind == 'box as drawn' else type(seg).box_rounds
     images, masks = [read_picture(e.image) for e in supports], [read_labels(e.mask, read_picture(e.image).size) == 1 for e in supports]
     if kind == 'mask': seg.fit(images, [m.astype(int) for m in masks])
     elif kind == 'scribble':
         strokes = [scribble(m, mix_seed(e.id)) for m, e in zip(masks, supports)]
         seg.fit(images, strokes)
         return float(np.mean([(s != VOID).mean() for s in strokes]))
-    else: seg.fit(images, boxes=[tight_boxes(m) for m in masks])
+    else: seg.fit(images, boxes=[tight_boxes(m) for m in masks], cut_boxes=kind == 'box')
     return 1.
 
 def trial(segs:dict[str, FewShot], pool:Sequence[Example], *, shots=(1, 5), kinds=MASKS, draws:int=5, queries:int=20, say:Callable=lambda line: None) -> pd.DataFrame:
