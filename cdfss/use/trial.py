@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'MASKS', 'tight_boxes', 'scribble', 'Domain', 'Example', 'examples', 'draw_trial', 'share', 'show', 'trial',
-           'summary']
+           'summary', 'TrialOptions', 'parse_backbone', 'try_out']
 
 # %% ../../nbs/use/73_trial.ipynb #f6e09c19
 import hashlib, json
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from scipy.ndimage import binary_dilation, find_objects, label
 from skimage.morphology import skeletonize
-from ..basics import InputError, Options, mix_seed, option, unknown, write_json
+from ..basics import InputError, Options, atomic_write, mix_seed, option, unknown
 from ..data.layouts import VOID, DataSet, open_dataset
 from ..engine.metrics import COUNTS, class_miou, confusion, seed_interval
 from ..engine.runs import environment
@@ -142,3 +142,63 @@ def summary(rows:pd.DataFrame) -> pd.DataFrame:
         mean, low, high = seed_interval([class_miou(d) for _, d in g.groupby('draw')])
         out.append(dict(recipe=recipe, shot=int(shot), masks=kind, miou=round(mean, 1), low=round(low, 1), high=round(high, 1), draws=g.draw.nunique(), queries=len(g)//g.draw.nunique(), marked=round(g.marked.mean(), 3)))
     return pd.DataFrame(out)
+
+# %% ../../nbs/use/73_trial.ipynb #7ed811e1
+@dataclass(frozen=True)
+class TrialOptions(Options):
+    "What to try; see the notebook `use/73_trial`."
+    data_root:str|None = option(None, "folder that holds the data sets in their published layouts (None: the built-in miniature)")
+    domains:str|None   = option(None, "comma separated: lesions, lungs, polyps, cells, cracks, cars (None: those whose data set is there)")
+    backbones:str      = option('miniature', "separated by ';', each with options of cdfss.load after it: miniature; resnet18 weights=FILE size=320")
+    recipe:str         = option('ssp+lcm', "the recipe that is shown masks, boxes and scribbles")
+    others:str         = option('prototype,ssp', "recipes that are shown masks only, comma separated")
+    shots:str          = option('1,5', "supports a class, comma separated")
+    draws:int          = option(5, "draws of supports and queries", low=2)
+    queries:int        = option(12, "queries a class and draw, at most", low=1)
+    pool:int           = option(60, "pictures of a domain to draw from, at most", low=4)
+    out:str            = option('figures', "folder for own_images.csv and own_images_runs.txt")
+
+def parse_backbone(text:str) -> dict:
+    "The arguments of `load` in `resnet18 weights=FILE size=320`. Raises `InputError` for a word without `=`."
+    name, *rest = text.split()
+    if bad := [w for w in rest if '=' not in w]: raise InputError(f"backbones: '{bad[0]}' after {name}, expected option=value")
+    return dict(backbone=name) | {k: int(v) if v.isdigit() else v for k, v in (w.split('=', 1) for w in rest)}
+
+def try_out(o:TrialOptions, say:Callable=print) -> pd.DataFrame:
+    "The trial that the options describe, as a table of `summary`'s rows by domain and backbone, written with its provenance to `o.out`. Raises `InputError` for what does not exist."
+    from cdfss.data.miniature import miniature_root
+    names = [d.strip() for d in o.domains.split(',')] if o.domains else list(DOMAINS)
+    for d in names:
+        if d not in DOMAINS: raise unknown('domain', d, DOMAINS)
+    numbers = tuple(int(k) for k in o.shots.split(','))
+    backbones = [parse_backbone(b) for b in o.backbones.split(';') if b.strip()]
+    tables, about = [], []
+    for name in names:
+        try: found, data = examples(DOMAINS[name], o.data_root or miniature_root())
+        except InputError as e:
+            if o.domains: raise
+            say(f'{name}: left out, {e}')
+            continue
+        classes = sorted({e.cls for e in found})
+        order = np.random.default_rng(mix_seed('pool', name)).permutation(len(found))
+        found = [e for c in classes for e in [found[i] for i in order if found[i].cls == c][:o.pool//len(classes)]]
+        drawn = [[cls, [s.id for s in supports], [q.id for q in asked]] for d in range(o.draws) for cls, supports, asked in draw_trial(found, max(numbers), o.queries, d)]
+        held = data.hash_files(p for e in found for p in (e.image, e.mask))
+        content = hashlib.sha256(json.dumps([drawn, sorted(held[p] for e in found for p in (e.image, e.mask))]).encode()).hexdigest()[:8]
+        about.append(f"{name}: {DOMAINS[name].what}, {len(found)} of {len(data)} pictures of data set '{data.name}', draws {content}")
+        for b in backbones:
+            segs = {r: load(r, **b) for r in dict.fromkeys([o.recipe, *(x for x in o.others.split(',') if x)])}
+            first = next(iter(segs))
+            rows = [trial({first: segs[first]}, found, shots=numbers, draws=o.draws, queries=o.queries)]
+            if len(segs) > 1: rows.append(trial({r: s for r, s in segs.items() if r != first}, found, shots=numbers, kinds=MASKS[:1], draws=o.draws, queries=o.queries))
+            table = summary(pd.concat(rows))
+            tables.append(pd.DataFrame(dict(domain=name, backbone=b['backbone'], size=segs[first].options.size, **table)))
+            say(f"{name}, {b['backbone']}: " + ', '.join(f"{r['shot']}-shot {r.masks} {r.miou:.1f}" for _, r in table[table.recipe == first].iterrows()))
+    if not tables: raise InputError(f"data_root={o.data_root}: none of the domains' data sets is there")
+    table, env = pd.concat(tables, ignore_index=True), environment()
+    atomic_write(Path(o.out)/'own_images.csv', table.to_csv(index=False, lineterminator='\n'))
+    shown = '; '.join(' '.join(f"{k}={Path(str(v)).name}" if k != 'backbone' else str(v) for k, v in b.items()) for b in backbones)
+    text = [f"commit {str(env['commit'])[:8]}{'+' if env['dirty'] else ''}, {env['device']}, torch {env['torch']}", f'backbones: {shown}', *about,
+            f'class mIoU (%) at native resolution over the queries of a draw, mean over {o.draws} draws with 95 % t-interval; no training on source or target']
+    atomic_write(Path(o.out)/'own_images_runs.txt', '\n'.join(text) + '\n')
+    return table
