@@ -265,7 +265,7 @@ class FewShot:
 
 def _several(images:Any) -> list: return list(images) if isinstance(images, (list, tuple)) or (hasattr(images, 'ndim') and images.ndim == 4) else [images]
 
-def _is_box(boxes:Any) -> bool: return len(boxes) > 0 and np.ndim(boxes[0]) == 0
+def _is_box(boxes:Any) -> bool: return len(boxes) > 0 and boxes[0] is not None and np.ndim(boxes[0]) == 0
 
 def _fitting(given:Any, images:list, name:str, single=lambda x: not isinstance(x, (list, tuple)) and not (hasattr(x, 'ndim') and x.ndim > 2)) -> list:
     "One of `given` for every image; None for each where there are none."
