@@ -29,7 +29,7 @@ from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
 from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
-from ..models.backbones import BackboneOptions, create_backbone, read_state, resolve_backbone
+from ..models.backbones import BackboneOptions, create_backbone, image_size, read_state, resolve_backbone
 from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
 
@@ -43,7 +43,7 @@ class RunOptions(Options):
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
-    size:int|None          = option(None, "working resolution in pixels", low=32)
+    size:int|None          = option(None, "working resolution in pixels; left open, a ViT's is a multiple of its patch, and on real data at least what it was trained at", low=32)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
     min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's and BAM's rule: 2048)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
@@ -131,7 +131,8 @@ def resolve(settings:Options) -> Options:
     s = dataclasses.replace(settings, method=str(parse_recipe(settings.method)))
     if s.checkpoint: s = dataclasses.replace(s, **_checkpoint(s)[0])
     given = standing('miniature' if s.data_root is None else 'real', parse_recipe(s.method).base)
-    s = dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
+    left_open, s = s.size is None, dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
+    if left_open: s = dataclasses.replace(s, size=image_size(s.backbone, s.size, own=s.data_root is not None))
     recipe = parse_recipe(s.method)
     by_task = any(kind.tuning and kind.tuning.pool == 'task' for kind in (BASES[recipe.base], *(MODULES[m] for m in recipe.modules)))
     if s.data_root is None and s.test_episodes is None and by_task: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
