@@ -75,7 +75,7 @@ def load_state(net:nn.Module, state:dict[str, Tensor], kept:nn.Module, source:st
         if id(v) not in used or k.endswith('num_batches_tracked'): continue
         if k not in state: raise InputError(f"{source}: no tensor '{k}' of shape {tuple(v.shape)}; {wrong}")
         if state[k].shape != v.shape: raise InputError(f"{source}: '{k}' has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}; {wrong}")
-    tops = {k.split('.')[0] for k in own}
+    tops = {k.split('.')[0] for k, v in own.items() if id(v) in used}
     extra = [k for k in state if k not in own and k.split('.')[0] in tops]
     if extra: raise InputError(f"{source}: unknown tensor '{extra[0]}'; {wrong}")
     net.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
@@ -341,7 +341,7 @@ def published_state(net:nn.Module, state:dict[str, Tensor]) -> dict[str, Tensor]
     own, translate = net.state_dict(), getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
     patches = 'patch_embed.proj.weight'
     foreign = [k for k in state if k not in own and k.split('.')[0] not in ('head', 'fc', 'classifier')]
-    if rules or not foreign or translate is None or isinstance(net, ResNet) or patches in state and state[patches].shape != own[patches].shape: return state
+    if rules or not foreign or translate is None or isinstance(net, ResNet) or patches in state and (patches not in own or state[patches].shape != own[patches].shape): return state
     try:
         with contextlib.redirect_stdout(io.StringIO()): return translate(dict(state), net)
     except Exception: return state                                                # a file of something else: the caller says what differs
