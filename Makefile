@@ -43,7 +43,7 @@ clean-notebooks: setup
 	$(BIN)/nbdev_clean
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 -o requirements.lock --no-header --no-annotate --no-emit-index-url -q
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 -o requirements.lock --no-header --no-annotate -q
 
 wheel: setup
 	$(BIN)/python -m build --wheel

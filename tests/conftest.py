@@ -25,6 +25,15 @@ def parity() -> Path:
     "Small parity cases, copied into the repository so that they run everywhere."
     return ROOT/'tests'/'data'/'parity'
 
+@pytest.fixture(scope='session')
+def cases(parity):
+    "Where a case lies: in the repository, or, if it is large, beside the checkout; the test is skipped where it is absent."
+    def where(name):
+        for folder in (parity, ROOT.parent/'shared'/'parity'):
+            if (folder/f'{name}.npz').exists(): return folder
+        pytest.skip(f'{name} is not beside the checkout')
+    return where
+
 @pytest.fixture(scope='module')
 def one_thread():
     "torch on one thread: tiny tensors are not worth two, least of all beside other work."

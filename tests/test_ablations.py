@@ -7,9 +7,9 @@ import pytest
 from cdfss.basics import InputError, write_json
 from cdfss.engine.runs import Run
 from cdfss.engine.train import TrainSettings, resolve
-from cdfss.report import ablations
-from cdfss.report.ablations import CHANGES, SCALES, ablation, ablation_text, claims, hsl_rescored, hsl_trainings, ifa_rescored, ifa_trainings, results, row_name, run_ablation, told
-from cdfss.report.figures import PLANS, Study, StudyOptions, make
+from cdfss.report import figures
+from cdfss.report.ablations import CHANGES, SCALES, ablation, ablation_text, claims, hsl_rescored, hsl_trainings, ifa_rescored, ifa_trainings, results, row_name, told
+from cdfss.report.figures import PLANS, Study, StudyOptions, make, run_study
 
 TARGETS = ('fss', 'deepglobe', 'isic')
 LEVEL = {'ssp': 40, 'ssp+pcmt': 41, 'ssp+dsr': 42, 'ssp+hsm': 43, 'ssp+dsr+hsm': 45, 'ssp+dsr+hsm+pcmt': 46, 'ifa, untuned': 40, 'ifa': 46}
@@ -96,7 +96,7 @@ def test_ifa_claims(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path):
     runs = hsl_runs(tmp_path)
     for bad, reason in ((lambda: ablation([], 'ssp'), 'runs is empty'), (lambda: ablation(runs, 'ifa, untuned'), 'no run of ifa, untuned among ssp'), (lambda: claims('hls', runs), "did you mean 'hsl'|hsl"),
-                        (lambda: run_ablation('lfm'), 'ablation')):
+                        (lambda: PLANS['ifa'](StudyOptions(study='ifa', scales=True)), 'only study=hsl has superpixel scales')):
         with pytest.raises(InputError, match=reason): bad()
     other = a_run(tmp_path/'other', 'ssp+dsr', 3)
     m = other.json('metrics')
@@ -110,13 +110,13 @@ def test_grids_are_settings_that_train_accepts(tmp_path):
         ('ssp+dsr+hsm+pcmt', 'otsu', None, None, None, 0), ('ifa', None, 1, None, None, 0), ('ifa', None, None, 'paper', False, 0)]
     for s in again: TrainSettings.make(s)
 
-def test_an_ablation_is_two_steps(tmp_path, monkeypatch):
+def test_a_study_of_an_ablation_is_two_steps(tmp_path, monkeypatch):
     asked = []
     def grid(settings, workers, say):
         asked.append(settings)
         return [a_run(tmp_path, s['method'].replace('hsl', 'ssp+dsr+hsm+pcmt'), s['seed'], **{k: v for k, v in s.items() if k in ('pcmt_rule', 'hsm_maps', 'checkpoint')}) for s in settings]
-    monkeypatch.setattr(ablations, 'run_grid', grid)
-    runs = run_ablation('hsl', [0, 1], epochs=2, scales=True, runs=str(tmp_path))
+    monkeypatch.setattr(figures, 'run_grid', grid)
+    runs = run_study(StudyOptions(study='hsl', seeds='0,1', epochs=2, scales=True, runs=str(tmp_path)), say=lambda line: None).runs
     assert len(asked[0]) == 16 and len(asked[1]) == 2 and len(runs) == 18 and all(s['epochs'] == 2 and 'scales' not in s for s in asked[0])
     assert {s['checkpoint'] for s in asked[1]} == {str(r.path) for r in runs if r.params['method'].endswith('pcmt') and 'dsr' in r.params['method'] and r.params['pcmt_rule'] == 'pcmt'}
 

@@ -1,6 +1,4 @@
 "HSNet and PATNet against numbers computed with their authors' own code."
-import os
-from pathlib import Path
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
@@ -11,17 +9,6 @@ from cdfss.models.importers import from_official
 from cdfss.models.patnet import divergence, dual, pooled, project, rows
 from cdfss.models.prototype import resize_mask
 from cdfss.models.segmenter import Match
-
-SHARED = Path(__file__).parents[2]/'shared'/'parity'
-
-@pytest.fixture(scope='module')
-def cases(parity):
-    "Where a case lies: in the repository, or, if it is large, beside the checkout."
-    def where(name):
-        for folder in (parity, SHARED):
-            if (folder/f'{name}.npz').exists(): return folder
-        pytest.skip(f'{name} is not beside the checkout')
-    return where
 
 def bits(packed, width): return torch.from_numpy(np.unpackbits(packed, axis=-1)[..., :width]).bool()
 def enlarged(a, times): return a.repeat(times, -1).repeat(times, -2)

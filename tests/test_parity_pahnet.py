@@ -1,7 +1,6 @@
 "SCCAN, HDMNet and PAHNet against numbers computed with their authors' own code."
 import json, re, zlib
 from dataclasses import replace
-from pathlib import Path
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
@@ -13,17 +12,7 @@ from cdfss.models.hdmnet import Hierarchy
 from cdfss.models.importers import HDMNET_RULES, from_official, levels_of
 from cdfss.models.sccan import Block, best_windows, dice, mask_prior, windows
 
-SHARED = Path(__file__).parents[2]/'shared'/'parity'
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-@pytest.fixture(scope='module')
-def cases(parity):
-    "Where a case lies: in the repository, or, if it is large, beside the checkout."
-    def where(name):
-        for folder in (parity, SHARED):
-            if (folder/f'{name}.npz').exists(): return folder
-        pytest.skip(f'{name} is not beside the checkout')
-    return where
 
 def renamed(key, rules):
     for pattern, new in rules: key = re.sub(pattern, new, key)

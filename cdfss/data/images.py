@@ -185,6 +185,7 @@ class ImageStore:
         for name in maps: map_kind(name)
         files = [f for i in positions for f in (*self._files(i), *((m, self.dataset.items[i].image) for m in maps))]
         todo = [f for f in dict.fromkeys(files) if f not in self._known]
+        torch.set_num_threads(torch.get_num_threads())                   # torch makes its threads again after a fork: here, once, not in all workers at the same time
         with ThreadPoolExecutor(self.workers) as pool:
             waiting = {pool.submit(self._look, *f): f for f in todo}
             try:

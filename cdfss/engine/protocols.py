@@ -10,7 +10,7 @@ from typing import Iterable
 import numpy as np
 import pandas as pd
 from ..basics import InputError, Registry
-from ..data.layouts import DataSet
+from ..data.layouts import FOLDS, DataSet, fold_classes
 from ..data.manifests import EPISODES, VOC_EPISODES, Manifest, draw
 from .metrics import COUNTS, METRICS, bootstrap_mean, paired_bootstrap, paired_bootstrap_mean
 from .runs import Run
@@ -64,8 +64,7 @@ class Protocol:
     def fold_classes(self, fold:int) -> tuple[int, ...]:
         "0-based classes that a fold tests. Raises `InputError` for a protocol without folds and a fold that does not exist."
         if not self.folds: raise InputError(f"protocol '{self.name}' has no folds: use pascal-5i or coco-20i")
-        if fold not in range(4): raise InputError(f"fold={fold}: expected 0 to 3")
-        return tuple(range(fold*self.fold_size, (fold + 1)*self.fold_size)) if self.folds == 'blocks' else tuple(fold + 4*v for v in range(self.fold_size))
+        return fold_classes(FOLDS*self.fold_size, fold, self.folds)
 
     def describe(self) -> dict[str, str]:
         "The protocol in words, one entry a line of a table."

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from ..basics import InputError, Options, atomic_write, file_hash, option, write_json
-from ..data.folds import fold_classes, without_novel
+from ..data.folds import without_novel
 from ..data.images import ImageStore
-from ..data.layouts import DATASETS, DataSet, open_dataset
+from ..data.layouts import DATASETS, DataSet, fold_classes, open_dataset
 from ..data.guard import Ledger, check_leakage
 from ..data.manifests import RULES, Manifest, draw, draw_nested, load_manifests
 from ..data.miniature import miniature_root
@@ -238,9 +238,9 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     opener = lambda name, split: open_dataset(name, root, split, s.on_error)
     if rules.folds: trn, held, novel = _fold(s, root, rules)
     else:
-        kw = dict(min_area=s.min_area) if s.source == 'voc' else {}
-        trn = open_dataset(s.source, root, 'trn' if s.source == 'voc' else None, s.on_error, **kw)
-        held = open_dataset('voc', root, 'val', s.on_error, **kw) if s.source == 'voc' else None
+        lists = DATASETS[s.source].by_area                                        # photographs of many classes: one list to train, one to validate on the same classes
+        trn = open_dataset(s.source, root, 'trn' if lists else None, s.on_error, s.min_area)
+        held = open_dataset(s.source, root, 'val', s.on_error, s.min_area) if lists else None
     source = _ready(store(trn))
     validation = _ready(store(dataclasses.replace(source.dataset if held is None else held, on_error='skip')))       # a rare class is left out of validation, not an error
     targets, manifests, followed, prints = {}, {}, {}, {}

@@ -74,6 +74,8 @@ class PATNet(HSNet):
         basis = plane(self.pairs_of(names)) @ dual(self.prototypes(match, names))
         return project(query, basis), project(support, basis)
 
+    def level_reader(self, match, wanted): return lambda one, i, names: self.pair(one, names)          # the plane is the support's: each shot maps the query anew
+
     def alignment(self, match:Match, foreground:Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
         "Divergence between the mapped foreground prototypes of supports and queries on the lowest level; mean over queries and shots."
         total = 0.

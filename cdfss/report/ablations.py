@@ -2,16 +2,15 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'ABLATIONS', 'ORDER', 'VALUES', 'BASE', 'CHANGES', 'hsl_trainings', 'ifa_trainings', 'hsl_rescored',
-           'ifa_rescored', 'run_ablation', 'row_name', 'results', 'ablation', 'ablation_text', 'Change', 'claims',
-           'told']
+           'ifa_rescored', 'row_name', 'results', 'ablation', 'ablation_text', 'Change', 'claims', 'told']
 
 # %% ../../nbs/report/60_ablations.ipynb #b6debf4f
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 import pandas as pd
 from ..basics import InputError, unknown
-from ..engine.grid import cells, run_grid
+from ..engine.grid import cells
 from ..engine.metrics import seed_interval
 from ..engine.runs import Run
 from . import tables
@@ -45,14 +44,6 @@ def ifa_rescored(runs:Iterable[Run], /, **common) -> list[dict]:
 
 ABLATIONS = dict(hsl=(hsl_trainings, hsl_rescored), ifa=(ifa_trainings, ifa_rescored))
 
-def run_ablation(name:str, seeds:Iterable[int]=(0, 1, 2), workers:int=0, say:Callable=print, **settings) -> list[Run]:
-    "All runs of an ablation (hsl or ifa); `settings` are those of `train`, the same for all. What is done already is not done again. Raises `InputError` for an unknown name."
-    if name not in ABLATIONS: raise unknown('ablation', name, ABLATIONS)
-    trainings, rescored = ABLATIONS[name]
-    common = {k: v for k, v in settings.items() if k != 'scales'}
-    runs = run_grid(trainings(list(seeds), **settings), workers, say)
-    return runs + run_grid(rescored(runs, **common), workers, say)
-
 # %% ../../nbs/report/60_ablations.ipynb #a3d3d439
 def row_name(params:dict, method:str) -> str:
     "A method's name in an ablation: the recipe, and in what it differs from the recipe's defaults."
@@ -77,7 +68,7 @@ VALUES = ('class_miou', 'fb_iou')
 
 def _per_seed(found:pd.DataFrame) -> pd.DataFrame:
     "A row per method, target (and their mean), shot and seed; the method's own run where it was scored beside another too."
-    own = tables._own_runs(found)
+    own = tables.own_runs(found)
     each = own.drop_duplicates(['method', 'target', 'shot', 'seed'])
     wanted = each.groupby('shot').target.transform('nunique')
     whole = each[each.groupby(['method', 'shot', 'seed']).target.transform('nunique') == wanted]

@@ -35,6 +35,7 @@ class StudyOptions(Options):
     epochs:int|None       = option(None, "source epochs", low=1)
     fit_episodes:int|None = option(None, "source episodes an epoch", low=1)
     episodes:int          = option(60, "episodes a data set that the diagnostics look at", low=4)
+    scales:bool           = option(False, "study hsl: HSM also without each of its superpixel scales")
     data_root:str|None    = option(None, "folder of the data sets (None: the built-in miniature)")
     runs:str              = option('runs', "folder for run folders")
     workers:int           = option(0, "runs side by side; 0: one per core", low=0)
@@ -79,7 +80,9 @@ def ablation_plan(name:str, **plan) -> Callable[[StudyOptions], Plan]:
         from cdfss.report.ablations import ABLATIONS                                     # stands above the figures
         common = settings_of(o, **plan)
         trainings, rescored = ABLATIONS[name]
-        return Plan(trainings(report.numbers(o.seeds, 'seeds', low=0), **common), then=lambda runs: rescored(runs, **common))
+        if o.scales and name != 'hsl': raise InputError(f"scales=True with study={name}: only study=hsl has superpixel scales to leave out")
+        more = dict(scales=True) if o.scales else {}
+        return Plan(trainings(report.numbers(o.seeds, 'seeds', low=0), **more, **common), then=lambda runs: rescored(runs, **common))
     return made
 
 for name, shots in (('hsl', '1'), ('ifa', '1,5')): PLANS.register(name)(ablation_plan(name, epochs=6, fit_episodes=400, shots=shots, test_episodes=200, track='none'))
