@@ -37,7 +37,7 @@ def main(a):
     methods = {v: build('ssp', net, {'ssp_layers': v}).eval() for v in auto.views} | {'auto': auto}
     last, tables = auto.views[-1], {}
     for name in (a.source, *a.targets.split(',')):
-        store = ImageStore(open_dataset(name, root, *(['val'] if name == 'voc' and not a.data else [])), a.size)
+        store = ImageStore(open_dataset(name, root, 'val' if name == 'voc' and not a.data else None, 'skip'), a.size)
         with FeatureStore(auto, store, needed_stages(methods), memory=3e9) as features:
             for k in map(int, a.shots.split(',')):
                 f = evaluate(methods, store, draw('balanced', store.dataset, k, episodes=a.episodes), epoch=0, features=features)

@@ -28,7 +28,7 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
+from ..methods.seams import MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
 from ..models.backbones import BackboneOptions, create_backbone, image_size, read_state, resolve_backbone
 from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
@@ -168,7 +168,7 @@ def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
         d = Run(path).json('weights')
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
         return d['backbone'], d['recipe'], load_segmenter(path).state_dict()
-    known = sorted((n for n in IMPORTERS if n == base or n in ALIASES and parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
+    known = sorted((n for n in IMPORTERS if parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
     if not known: raise InputError(f"checkpoint={path}: official checkpoints are known of {', '.join(sorted(IMPORTERS))}, not of {base}; give a run folder")
     state, refused = read_state(path), []
     for name in known:                                                     # HSL's are those of a recipe of SSP
