@@ -1,8 +1,8 @@
 """What choosing the compared layer for each task brings: SSP with every fixed layer and with layers=auto, on the same episodes and the same encodings.
 
 For each target and shot a row a setting: class mIoU, and the paired difference of auto from it with its 95 % bootstrap interval over episodes; beside the layers stand `best on
-source` (the fixed layer that is best on as many episodes of the source set), and `best in hindsight` (the target's own best fixed layer, which nobody can know). The last rows hold the
-means over the targets.
+source` (the fixed layer that is best on as many episodes of the source set), and `best in hindsight` (the target's own best fixed layer, which nobody can know); `best alone` is auto without a temperature,
+`plain mean` auto with equal weights, whatever the supports say. The last rows hold the means over the targets.
 
     python benchmarks/layers.py --out layers.csv                                                        the miniature and its pretrained backbone
     python benchmarks/layers.py --run runs/ssp-... --out layers.csv                                     the same after source training
@@ -34,7 +34,7 @@ def main(a):
     root, started = Path(a.data) if a.data else miniature_root(), time.process_time()
     net = load_segmenter(Run(a.run)).backbone if a.run else create_backbone(BackboneOptions(backbone=a.backbone, weights=a.weights, pixels=a.pixels, last_stage=a.last_stage))
     auto = build('ssp', net.eval(), {'ssp_layers': a.layers}).eval()
-    methods = {v: build('ssp', net, {'ssp_layers': v}).eval() for v in auto.views} | {'auto': auto}
+    methods = {v: build('ssp', net, {'ssp_layers': v}).eval() for v in auto.views} | {'auto': auto, 'best alone': build('ssp', net, {'ssp_layers': a.layers, 'ssp_temperature': 0.}).eval(), 'plain mean': build('ssp', net, {'ssp_layers': a.layers, 'ssp_temperature': 1e6}).eval()}
     last, tables = auto.views[-1], {}
     for name in (a.source, *a.targets.split(',')):
         store = ImageStore(open_dataset(name, root, 'val' if name == 'voc' and not a.data else None, 'skip'), a.size)
@@ -48,7 +48,7 @@ def main(a):
         best = max(auto.views, key=lambda v: class_miou(tables[a.source, k][v]))
         of = lambda name, m: tables[name, k][best if m == 'best on source' else max(auto.views, key=lambda v: class_miou(tables[name, k][v])) if m == 'best in hindsight' else m]
         targets = a.targets.split(',')
-        for m in ('auto', last, 'best on source', 'best in hindsight', *auto.views[:-1]):
+        for m in ('auto', last, 'best on source', 'best in hindsight', 'best alone', 'plain mean', *auto.views[:-1]):
             note = dict(setting='last' if m == last else m, layer=m if m in auto.views else best if m == 'best on source' else '')
             for name in targets:
                 rows.append(dict(backbone=label, shot=k, target=name, episodes=len(of(name, m)), **note, miou=class_miou(of(name, m)))

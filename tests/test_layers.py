@@ -13,7 +13,7 @@ from cdfss.engine.adapt import Tuner
 from cdfss.engine.evaluate import FeatureStore, choice_on, choices, evaluate, needed_stages, predict, stored_match
 from cdfss.engine.metrics import COUNTS
 from cdfss.methods.seams import build
-from cdfss.models.layers import on_grid, parse_layers, side_by_side, support_agreement
+from cdfss.models.layers import largest, on_grid, support_agreement, tasks
 from cdfss.models.segmenter import Match
 from episodes import backbone, episode, segmenter
 from families import PLAIN, tiny
@@ -73,8 +73,8 @@ def planted(b=4, k=1, good=None, seed=0):
     stages = {'a': torch.where(first, clean, other), 'b': torch.where(first, other, clean)}
     return Match({n: f[:, 0] for n, f in stages.items()}, {n: f[:, 1:] for n, f in stages.items()}, masks[:, 1:], 1 - masks[:, 1:]), good, masks[:, 0]
 
-def chooser(base='prototype'):
-    seg = of(base, 'auto:stage2,stage3')
+def chooser(base='prototype', temperature=.1):
+    seg = segmenter(base, {f'{base}_layers': 'auto:stage2,stage3', f'{base}_temperature': temperature})
     seg.views, seg.reads = ('a', 'b'), ('a', 'b')
     return seg
 
@@ -84,26 +84,33 @@ def chooser(base='prototype'):
 def test_the_layer_that_tells_object_from_ground_is_chosen(base, k):
     seg = chooser(base)
     m, good, want = planted(4, k)
-    assert seg.choose(m).tolist() == good.tolist()
+    assert largest(seg.choose(m)).tolist() == good.tolist()
+    sharp = chooser(base, 0.).choose(m)
+    assert sharp.tolist() == F.one_hot(good, 2).tolist()
+    assert torch.equal(seg.choose(m), (seg.agreements(m)/.1).softmax(1)) and torch.allclose(chooser(base, 1e6).choose(m), torch.full((4, 2), .5), atol=1e-4)
     p = seg.decide(m, (16, 16))
     hit = (p.mask == (want > 0)).float().mean((1, 2))
     assert hit.min() > .95
-    worse = seg.decide(replace(m, choice=1 - good), (16, 16))
+    worse = seg.decide(replace(m, choice=1 - sharp), (16, 16))
     assert (worse.mask == (want > 0)).float().mean((1, 2)).max() < hit.min()
 
+@pytest.mark.parametrize('temperature', [0., .1])
 @torch.no_grad()
-def test_a_batch_is_its_tasks_one_by_one():
-    seg, (m, good, _) = chooser('ssp'), planted(5, 2, good=[0, 0, 1, 0, 1])
+def test_a_batch_is_its_tasks_one_by_one(temperature):
+    (m, good, _) = planted(5, 2, good=[0, 0, 1, 0, 1])
+    seg = chooser('ssp', temperature)
     m.query['b'], m.support['b'] = F.pad(m.query['b'], (0, 0, 0, 0, 0, 3)), F.pad(m.support['b'], (0, 0, 0, 0, 0, 3))      # a wider layer
     whole = seg.compare(m)
-    from cdfss.models.layers import tasks
     for i in range(5):
         one = seg.compare(tasks(m, torch.tensor([i])))
         torch.testing.assert_close(whole['scores'][i], one['scores'][0], atol=1e-4, rtol=1e-4)
-        assert whole['fg_prototype'].shape[1] == 11
-        torch.testing.assert_close(whole['fg_prototype'][i, :one['fg_prototype'].shape[1]], one['fg_prototype'][0])
-    alone = seg.compare_at(seg.viewed(tasks(m, torch.tensor([2])), 'b'), 'b')
-    torch.testing.assert_close(whole['scores'][2], alone['scores'][0], atol=1e-4, rtol=1e-4)
+        width = one['fg_prototype'].shape[1]
+        assert whole['fg_prototype'].shape[1] == 11 and not whole['fg_prototype'][i, width:].any()
+        torch.testing.assert_close(whole['fg_prototype'][i, :width], one['fg_prototype'][0])
+    one, weights = tasks(m, torch.tensor([2])), seg.choose(m)[2]
+    alone = [seg.compare_at(seg.viewed(one, v), v)['scores'][0] for v in 'ab']
+    torch.testing.assert_close(whole['scores'][2], sum(w*a for w, a in zip(weights, alone)), atol=1e-4, rtol=1e-4)
+    if temperature == 0: assert torch.allclose(whole['scores'][2], alone[1], atol=1e-4)
 
 @torch.no_grad()
 def test_the_choice_sees_supports_only():
@@ -112,8 +119,8 @@ def test_the_choice_sees_supports_only():
     other = episode(4, 2, seed=9)
     m = seg.match(e)
     blind = replace(m, query={n: torch.full_like(f, torch.nan) for n, f in m.query.items()})
-    assert seg.choose(blind).tolist() == chosen.tolist()
-    assert seg.choose(seg.match(replace(e, query=other.query, query_mask=None, ignore=None))).tolist() == chosen.tolist()
+    assert torch.equal(seg.choose(blind), chosen)
+    torch.testing.assert_close(seg.choose(seg.match(replace(e, query=other.query, query_mask=None, ignore=None))), chosen, atol=1e-5, rtol=1e-4)
     agree = seg.agreements(m)
     assert agree.shape == (4, len(seg.views)) and ((agree >= 0) & (agree <= 1)).all()
     assert not torch.allclose(agree, seg.agreements(seg.match(replace(e, support_masks=other.support_masks))))              # and it does see them
@@ -128,7 +135,7 @@ def test_ignored_pixels_do_not_count_and_ties_go_deep():
     torch.testing.assert_close(a, b)
     m, _, _ = planted(2, 1)
     m.query['b'], m.support['b'] = m.query['a'], m.support['a']
-    assert chooser().choose(m).tolist() == [1, 1]
+    assert chooser(temperature=0.).choose(m).tolist() == [[0, 1]]*2
     assert support_agreement(f, torch.zeros_like(fg), torch.ones_like(fg)).tolist() == [0, 0]                              # no foreground left: finite
 
 # ---- through the engine -----------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def test_the_ledger_watches_the_choice(isic, monkeypatch):
         plain = choices(seg, store, manifest.episodes, features, ledger)
         assert ledger.used == len(manifest) and not ledger.breaches
         match, _, _ = stored_match(features, store, manifest.episodes, 'cpu')
-        assert plain.tolist() == seg.choose(match).tolist()
+        torch.testing.assert_close(plain, seg.choose(match))
         q, s, c = manifest.episodes[0]
         with ledger.allow(store.dataset.items[p].id for p in s), pytest.raises(InputError, match='not among the 2 supports'):
             choice_on(seg, store, (*s, q), features, ledger)                                           # planted: the query helps to choose

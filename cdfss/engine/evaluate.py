@@ -119,13 +119,13 @@ def stored_match(features:FeatureStore, store:ImageStore, episodes, device:str, 
     return Match(query, support, *weights, maps, made), fg[:b], void[:b]
 
 def choice_on(segmenter:Segmenter, store:ImageStore, positions:tuple[int, ...], features:FeatureStore, ledger:Ledger, device:str='cpu') -> Tensor:
-    "What a segmenter that chooses compares (1,), from the images and masks at these positions alone, which are declared to the ledger. Raises what the ledger raises."
+    "What a segmenter that chooses compares (1 v), from the images and masks at these positions alone, which are declared to the ledger. Raises what the ledger raises."
     ledger.use(store.dataset.items[p].id for p in positions)
     match, _, _ = stored_match(features, store, [(positions[0], positions, None)], device, segmenter.extras_needed)          # the first support stands where a query is wanted
     return segmenter.choose(segmenter.refine_match(match))
 
 def choices(segmenter:Segmenter, store:ImageStore, episodes, features:FeatureStore, ledger:Ledger, device:str='cpu') -> Tensor:
-    "The choice for each of these episodes (b,), each from its own supports."
+    "The choice for each of these episodes (b v), each from its own supports."
     found = []
     for _, supports, _ in episodes:
         with ledger.allow(store.dataset.items[p].id for p in supports): found.append(choice_on(segmenter, store, supports, features, ledger, device))

@@ -63,7 +63,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-ADDED = dict(keep_epochs=False, fold=None, ssp_layers='last', prototype_layers='last', ifa_layers='last')      # not hashed at these values: runs made before they existed keep their folders
+ADDED = dict(keep_epochs=False, fold=None, **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
 NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),

@@ -28,7 +28,7 @@ class Match:
     held: dict[str, Tensor] = field(default_factory=dict)            # what the base has computed of it already (`Segmenter.hold`)
     cls: Int[Tensor, "b"]|None = None                # as in `Episode`
     guide: Float[Tensor, "b g g"]|None = None        # a separate predictor's foreground probability (models/14_affinity)
-    choice: Int[Tensor, "b"]|None = None             # which candidate of `layers` is compared, where the supports have chosen already (models/18_layers)
+    choice: Float[Tensor, "b v"]|None = None         # weights of the candidates of `layers`, where the supports have chosen already (models/18_layers)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
