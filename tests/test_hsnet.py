@@ -6,7 +6,7 @@ from cdfss.basics import InputError
 from cdfss.methods.seams import build
 from cdfss.models import hsnet
 from cdfss.models.backbones import BackboneOptions, create_backbone
-from cdfss.models.hsnet import HPN, CenterPivot, HSNet, box, first_layer, hypercorrelation, shot, vote
+from cdfss.models.hsnet import HPN, CenterPivot, HSNet, Pair, box, first_layer, hypercorrelation, shot, vote
 from episodes import backbone, enliven, episode, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -85,10 +85,10 @@ def test_first_layer_in_blocks_and_box(kernel, stride, block, monkeypatch):
     conv = CenterPivot(2, 3, kernel, stride)
     for m in masks():
         q, s = features(mask=m)
-        assert torch.allclose(first_layer(conv, q, s), conv(hypercorrelation(q, s)), atol=1e-5)
+        assert torch.allclose(first_layer(conv, Pair.of(q, s)), conv(hypercorrelation(q, s)), atol=1e-5)
     two = torch.stack(list(masks())[1:3])[:, None, None]                               # each episode its own object
     q, s = features(mask=two)
-    assert torch.allclose(first_layer(conv, q, s), conv(hypercorrelation(q, s)), atol=1e-5)
+    assert torch.allclose(first_layer(conv, Pair.of(q, s)), conv(hypercorrelation(q, s)), atol=1e-5)
 
 def test_nothing_outside_the_box_is_computed(monkeypatch):
     conv, seen = CenterPivot(2, 3, 5, 4), []
@@ -97,7 +97,7 @@ def test_nothing_outside_the_box_is_computed(monkeypatch):
     q, s = features(support=(40, 40), mask=m)
     was = conv.over_support
     monkeypatch.setattr(conv, 'over_support', lambda x: seen.append(x.shape) or was(x))
-    with torch.no_grad(): first_layer(conv, q, s)
+    with torch.no_grad(): first_layer(conv, Pair.of(q, s))
     assert {tuple(x[-2:]) for x in seen} == {(8, 8)}                                   # the object, and what the kernel reaches
     assert box(m.any(1), 4, 2) == (8, 16) and box(m.any(0), 4, 2) == (20, 28)
 

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['SMALL_GRID', 'BLOCK', 'SQUEEZE', 'WIDTHS', 'SMALL_WIDTHS', 'unit', 'hypercorrelation', 'grid_matrix', 'channels_last',
-           'CenterPivot', 'box', 'bands', 'Unit', 'first_layer', 'Norm', 'pivots', 'HPN', 'resize_query', 'vote',
+           'CenterPivot', 'box', 'bands', 'Pair', 'first_layer', 'Norm', 'pivots', 'HPN', 'resize_query', 'vote',
            'shot', 'HSNet']
 
 # %% ../../nbs/models/12_hsnet.ipynb #039b1865
 from dataclasses import replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -19,17 +19,18 @@ from .prototype import resize_mask
 from .segmenter import BASES, Match, Segmenter, cross_entropy
 
 # %% ../../nbs/models/12_hsnet.ipynb #8c62164c
-def unit(f:Float[Tensor, "n l c h w"]) -> Float[Tensor, "n l c hw"]:
-    "Flat positions with features of length 1 (length + 1e-5 in the denominator: a masked position stays 0)."
-    return (f / (f.norm(dim=2, keepdim=True) + 1e-5)).flatten(3)
+def unit(f:Float[Tensor, "n c *place"]) -> Float[Tensor, "n c *place"]:
+    "Features of length 1 at each place (length + 1e-5 in the denominator: a masked place stays 0)."
+    return f / (f.norm(dim=1, keepdim=True) + 1e-5)
 
 def hypercorrelation(query:Float[Tensor, "n l c hq wq"], support:Float[Tensor, "n l c hs ws"]) -> Float[Tensor, "n l hq wq hs ws"]:
     "Cosine of each query position with each (masked) support position, of each of the `l` blocks of a stage; negative ones are 0."
-    c = torch.relu(unit(query).mT @ unit(support))
-    return c.unflatten(3, support.shape[-2:]).unflatten(2, query.shape[-2:])
+    q, s = (unit(f.flatten(0, 1)).unflatten(0, f.shape[:2]).flatten(3) for f in (query, support))
+    return torch.relu(q.mT @ s).unflatten(3, support.shape[-2:]).unflatten(2, query.shape[-2:])
 
 # %% ../../nbs/models/12_hsnet.ipynb #9030ff44
 SMALL_GRID = 16      # cells up to which a convolution of the support grid is done as one matrix product
+BLOCK = 2**21        # numbers at a time, 8 MB in float32: what the caches hold
 
 def grid_matrix(weight:Float[Tensor, "o i k k"], size, stride:int) -> Float[Tensor, "in_i out_o"]:
     "The convolution (padding k//2) of a grid of this size as a matrix from flat (h w i) to flat (h2 w2 o)."
@@ -76,11 +77,12 @@ class CenterPivot(nn.Module):
 
     def forward(self, x:Float[Tensor, "n i hq wq hs ws"]) -> Float[Tensor, "n o hq wq hs2 ws2"]:
         if x.shape[4:].numel() == 1: return self.at_one(x)
-        return self.over_query(x[..., ::self.stride, ::self.stride]) + self.over_support(x)
+        out = self.over_query(x[..., ::self.stride, ::self.stride])
+        if torch.is_grad_enabled(): return out + self.over_support(x)
+        for o, i in zip(*(t.split(max(1, BLOCK // x[:, :, 0].numel()), 2) for t in (out, x))): o += self.over_support(i)
+        return out
 
 # %% ../../nbs/models/12_hsnet.ipynb #4bac12a9
-BLOCK = 2**21        # cosines at a time, 8 MB in float32: what the caches hold
-
 def box(alive:Bool[Tensor, "n"], stride:int, reach:int) -> tuple[int, int]:
     "Start and end, at multiples of the stride (or the grid's end), of the part that a strided convolution of reach `reach` needs: outside it, it sees zeros."
     at = alive.nonzero()
@@ -94,36 +96,40 @@ def bands(alive:Bool[Tensor, "h w"], height:int) -> list[tuple[slice, slice]]:
         if len(at := alive[y:y + height].any(0).nonzero()): found.append((slice(y, min(y + height, len(alive))), slice(at[0].item(), at[-1].item() + 1)))
     return found
 
-class Unit(NamedTuple):
-    "Query features of length 1, flat, and the size of their map: made once for all supports."
-    flat: Float[Tensor, "n l c hw"]
-    size: tuple[int, int]
+class Pair(NamedTuple):
+    "A level as it is compared, block by block: query features of length 1, support features, and the support's mask."
+    query: list[Float[Tensor, "n _ hq wq"]]
+    support: list[Float[Tensor, "n _ hs ws"]]
+    mask: Float[Tensor, "n hs ws"]
 
     @staticmethod
-    def of(query:Float[Tensor, "n l c hq wq"]) -> 'Unit': return Unit(unit(query), tuple(query.shape[-2:]))
+    def of(query:Float[Tensor, "n l c hq wq"], support:Float[Tensor, "n l c hs ws"]) -> 'Pair':
+        return Pair([unit(f) for f in query.unbind(1)], list(support.unbind(1)), (support != 0).any(2).any(1).float())
 
-def first_layer(conv:CenterPivot, query:Float[Tensor, "n l c hq wq"]|Unit, support:Float[Tensor, "n l c hs ws"],
-                alive:Bool[Tensor, "hs ws"]|None=None) -> Float[Tensor, "n o hq wq hs2 ws2"]:
-    "`conv(hypercorrelation(query, support))`, block by block and where the support is alive (None: not zero). Not differentiable."
-    q, size = query if isinstance(query, Unit) else Unit.of(query)
-    n, l, k = len(q), q.shape[1], conv.stride
-    if alive is None: alive = (support != 0).any(2).any(1).any(0)
+def first_layer(conv:CenterPivot, pair:Pair) -> Float[Tensor, "n o hq wq hs2 ws2"]:
+    "`conv` of the pair's hypercorrelation, block by block and where the support's mask is. Not differentiable."
+    (n, _, *size), k, alive = pair.query[0].shape, conv.stride, (pair.mask > 0).any(0)
     (y0, y1), (x0, x1) = (box(alive.any(1 - d), k, conv.conv2.padding[0]) for d in (0, 1))
     grid, parts = (y1 - y0, x1 - x0), bands(alive[y0:y1, x0:x1], k)
-    seen = [support[..., y0:y1, x0:x1][..., r, c] for r, c in parts]
-    s = unit(torch.cat([f.flatten(3) for f in seen] or [support.new_zeros(n, l, support.shape[2], 0)], 3)[..., None])
-    step = max(1, BLOCK // (n * l * max(1, grid[0] * grid[1])))
-    cosines, thin, over = q.new_zeros(n, min(step, q.shape[3]), l, *grid), q.new_empty(n, l, q.shape[3], *(-(-d // k) for d in grid)), []
-    for at in range(0, q.shape[3], step):
-        some = torch.relu_(q[..., at:at + step].mT @ s).transpose(1, 2)              # n q l cells of the bands, one after the other
-        block = cosines[:, :some.shape[1]]
-        for (r, c), band in zip(parts, some.split([f.shape[3] * f.shape[4] for f in seen], 3)): block[..., r, c] = band.unflatten(3, (r.stop - r.start, -1))
+    def cells(f):
+        "Features of the bands, one after the other."
+        f, m = f[..., y0:y1, x0:x1], pair.mask[:, None, y0:y1, x0:x1]
+        return unit(torch.cat([(f[..., r, c] * m[..., r, c]).flatten(2) for r, c in parts], 2))
+    queries, supports = [f.flatten(2).mT for f in pair.query], [cells(f) for f in pair.support] if parts else []
+    l, places, step = len(queries), size[0] * size[1], max(1, BLOCK // (n * len(queries) * max(1, grid[0] * grid[1])))
+    cosines = queries[0].new_zeros(n, min(step, places), l, *grid)
+    thin = queries[0].new_empty(n, l, places, *(-(-d // k) for d in grid))
+    bias = conv.conv1.bias + conv.conv2.bias
+    out = bias.expand(n, *(-(-d // k) for d in alive.shape), *size, -1).clone(memory_format=torch.contiguous_format).permute(0, 5, 3, 4, 1, 2)
+    inside = out[..., y0//k:-(-y1//k), x0//k:-(-x1//k)]
+    widths = [(r.stop - r.start) * (c.stop - c.start) for r, c in parts]
+    for at in range(0, places, step):
+        block = cosines[:, :min(step, places - at)]
+        for i, (q, s) in enumerate(zip(queries, supports)):
+            for (r, c), band in zip(parts, torch.relu_(q[:, at:at + step] @ s).split(widths, 2)): block[:, :, i, r, c] = band.unflatten(2, (r.stop - r.start, -1))
         thin[:, :, at:at + step] = block[..., ::k, ::k].transpose(1, 2)
-        over.append(conv.over_support(block.transpose(1, 2)[:, :, :, None]))
-    inside = conv.over_query(thin.unflatten(2, size)) + torch.cat(over, 2).squeeze(3).unflatten(2, size)
-    bias = (conv.conv1.bias + conv.conv2.bias).to(inside.dtype)
-    out = bias.expand(n, *(-(-d // k) for d in support.shape[-2:]), *size, -1).clone(memory_format=torch.contiguous_format).permute(0, 5, 3, 4, 1, 2)
-    out[..., y0//k:-(-y1//k), x0//k:-(-x1//k)] = inside
+        inside.flatten(2, 3)[:, :, at:at + step] = conv.over_support(block.transpose(1, 2)[:, :, :, None])[:, :, :, 0]
+    inside += conv.over_query(thin.unflatten(2, size))
     return out
 
 # %% ../../nbs/models/12_hsnet.ipynb #75b44f9f
@@ -131,15 +137,17 @@ SQUEEZE = ((3, 3, 3), (2, 2, 2)), ((5, 3, 3), (4, 2, 2)), ((5, 5, 3), (4, 4, 2))
 WIDTHS, SMALL_WIDTHS = (16, 64, 128), (16, 32, 64)                                       # channels of a squeezing block; those behind the miniature's net
 
 class Norm(nn.GroupNorm):
-    "A group norm that leaves tensors as they lie in memory: those of one support position, and those with channels last."
+    "A group norm that leaves tensors as they lie in memory: those of one support position, and, without gradients, those with channels last, whose values it replaces."
     def forward(self, x):
         if x.shape[4:].numel() == 1: return super().forward(x[..., 0, 0])[..., None, None]
         if torch.is_grad_enabled() or not channels_last(x): return super().forward(x)
-        rows = x.permute(0, 4, 5, 2, 3, 1).flatten(1, 4)                                  # n positions c
-        grouped = lambda m: m.unflatten(1, (self.num_groups, -1)).mean(2).repeat_interleave(x.shape[1] // self.num_groups, 1)[:, None]
-        away = rows - grouped(rows.mean(1, dtype=torch.float32))
-        scale = self.weight / (grouped((away * away).mean(1)) + self.eps).sqrt()
-        return away.mul_(scale).add_(self.bias).view(x.permute(0, 4, 5, 2, 3, 1).shape).permute(0, 5, 3, 4, 1, 2)
+        parts = x.permute(0, 4, 5, 2, 3, 1).flatten(1, 4).split(max(1, BLOCK // 8 // x[:, :, 0, 0, 0, 0].numel()), 1)      # n places c: what the caches hold
+        places, each = x[0, 0].numel(), x.shape[1] // self.num_groups
+        grouped = lambda sums: (sum(sums) / places).unflatten(1, (self.num_groups, -1)).mean(2).repeat_interleave(each, 1)[:, None]
+        mean = grouped(p.sum(1, dtype=torch.float32) for p in parts)
+        scale = self.weight / (grouped((p - mean).square_().sum(1) for p in parts) + self.eps).sqrt()
+        for p in parts: p.mul_(scale).add_(self.bias - mean * scale)
+        return x
 
 def pivots(widths, kernels, strides) -> nn.Sequential:
     "Centre-pivot convolutions, each followed by a group norm and a ReLU."
@@ -156,17 +164,19 @@ class HPN(nn.Module):
         self.decoder1 = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, b, 3, padding=1), nn.ReLU())
         self.decoder2 = nn.Sequential(nn.Conv2d(b, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, 2, 3, padding=1))
 
-    def squeezed(self, i:int, query:Float[Tensor, "n l c hq wq"]|Unit, support:Float[Tensor, "n l c hs ws"],
-                 alive:Bool[Tensor, "hs ws"]|None=None) -> Float[Tensor, "n o hq wq hs2 ws2"]:
-        "Level `i` after its squeezing block; without gradients its hypercorrelation is never whole in memory."
-        layers = self.squeeze[i]
-        if torch.is_grad_enabled(): return layers(hypercorrelation(query, support))
-        return layers[1:](first_layer(layers[0], query, support, alive))
+    def squeezed(self, i:int, query:Float[Tensor, "n l c hq wq"], support:Float[Tensor, "n l c hs ws"]) -> Float[Tensor, "n o hq wq hs2 ws2"]:
+        "Level `i` (query, masked support) after its squeezing block; without gradients its hypercorrelation is never whole in memory."
+        if torch.is_grad_enabled(): return self.squeeze[i](hypercorrelation(query, support))
+        return self.read(i, Pair.of(query, support))
+
+    def read(self, i:int, pair:Pair) -> Float[Tensor, "n o hq wq hs2 ws2"]:
+        "`squeezed` without gradients, of features that need not be put side by side."
+        return self.squeeze[i][1:](first_layer(self.squeeze[i][0], pair))
 
     def forward(self, levels) -> Float[Tensor, "n 2 h w"]:
-        "Scores from the levels, deepest first, each as what `squeezed` takes or squeezed already; an iterable, of which one level at a time is looked at."
+        "Scores from the levels, deepest first, each as (query, masked support) features, a `Pair`, or squeezed already; an iterable, of which one level at a time is looked at."
         for i, level in enumerate(levels):
-            fine = level if isinstance(level, Tensor) else self.squeezed(i, *level)
+            fine = level if isinstance(level, Tensor) else self.read(i, level) if isinstance(level, Pair) else self.squeezed(i, *level)
             if i and x.shape[-2:] != fine.shape[-2:]:
                 raise InputError(f"hsnet: levels squeeze to {tuple(x.shape[-2:])} and {tuple(fine.shape[-2:])}; each stage must halve the one before: use output_stride=32")
             x = self.mix[i - 1](resize_query(x, fine.shape[2:4]) + fine) if i else fine
@@ -217,14 +227,21 @@ class HSNet(Segmenter):
         query, support = self.stacked(match, names)
         return query, support * resize_mask(match.fg, support.shape[-2:])[:, :, None]
 
-    def level_reader(self, match:Match, wanted:list[int]) -> Callable:
-        "What `HPN.squeezed` takes of a level, for a match of one of the shots: without gradients the query's features are brought to length 1 once for all."
-        queries = {i: Unit.of(torch.stack([match.query[n] for n in self.levels[i]], 1)) for i in wanted}
-        def read(one, i, names):
-            support = torch.stack([one.support[n][:, 0] for n in names], 1)
-            mask = resize_mask(one.fg, support.shape[-2:])
-            return queries[i], support * mask[:, :, None], (mask[:, 0] > 0).any(0)
-        return read
+    same_query = True                        # the query is compared as it is, whatever the support
+
+    def with_query(self, match:Match) -> Match:
+        "The match with the query's features of length 1 among what it holds, for all shots; the match itself where gradients are wanted."
+        if torch.is_grad_enabled() or not self.same_query: return match
+        units = {f'unit {n}': unit(match.query[n]) for i, names in enumerate(self.levels) if f'level {i}' not in match.held for n in names if f'unit {n}' not in match.held}
+        return replace(match, held=match.held | units)
+
+    def level(self, match:Match, i:int) -> Tensor|Pair|tuple[Tensor, Tensor]:
+        "Level `i` of a match of one shot, as `HPN.forward` takes it."
+        names = self.levels[i]
+        if f'level {i}' in match.held: return match.held[f'level {i}']
+        if f'unit {names[0]}' not in match.held: return self.pair(match, names)
+        support = [match.support[n][:, 0] for n in names]
+        return Pair([match.held[f'unit {n}'] for n in names], support, resize_mask(match.fg, support[0].shape[-2:])[:, 0])
 
     @property
     def tuned_stages(self) -> set[str]|None:
@@ -255,11 +272,9 @@ class HSNet(Segmenter):
         return replace(match, held={n: f[:, :, self.turn % f.shape[2]].flatten(0, 1) for n, f in held.items()}), target
 
     def compare(self, match:Match) -> dict[str, Tensor]:
-        held = [match.held.get(f'level {i}') for i in range(len(self.levels))]
-        if torch.is_grad_enabled(): level = lambda one, i, names: self.pair(one, names)
-        else: level = self.level_reader(match, [i for i, h in enumerate(held) if h is None])
-        levels = lambda one: (level(one, i, names) if held[i] is None else held[i] for i, names in enumerate(self.levels))
-        shots = torch.stack([self.learner(levels(shot(match, i))) for i in range(match.fg.shape[1])], 1)
+        match = self.with_query(match)
+        one = lambda k: self.learner(self.level(shot(match, k), i) for i in range(len(self.levels)))
+        shots = torch.stack([one(k) for k in range(match.fg.shape[1])], 1)
         return {'scores': shots.mean(1), 'shots': shots}
 
     def losses(self, match, out, target, size):
@@ -268,6 +283,7 @@ class HSNet(Segmenter):
 
     def answer(self, match:Match, size) -> Prediction:
         if match.fg.shape[1] == 1: return super().answer(match, size)
+        match = self.with_query(match)
         each = [super(HSNet, self).answer(shot(match, i), size) for i in range(match.fg.shape[1])]
         mean = lambda name: torch.stack([getattr(p, name) for p in each]).mean(0)
         return Prediction(mean('scores'), vote(torch.stack([p.mask for p in each], 1)), mean('coarse'))

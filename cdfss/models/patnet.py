@@ -62,6 +62,8 @@ class PATNet(HSNet):
         changed = super().tuned_stages
         return None if changed is None else changed | {n.split('.')[0] for n, pair in self.pairs.items() if pair == 0}
 
+    same_query = False                       # the plane is the support's: each shot maps the query anew
+
     def pairs_of(self, names:tuple[str, ...]) -> Float[Tensor, "l 2 c"]: return torch.stack([self.anchors[self.pairs[n]] for n in names])
 
     def prototypes(self, match:Match, names:tuple[str, ...]) -> Float[Tensor, "b l 2 c"]:
@@ -73,8 +75,6 @@ class PATNet(HSNet):
         query, support = super().pair(match, names)
         basis = plane(self.pairs_of(names)) @ dual(self.prototypes(match, names))
         return project(query, basis), project(support, basis)
-
-    def level_reader(self, match, wanted): return lambda one, i, names: self.pair(one, names)          # the plane is the support's: each shot maps the query anew
 
     def alignment(self, match:Match, foreground:Float[Tensor, "b h w"]) -> Float[Tensor, ""]:
         "Divergence between the mapped foreground prototypes of supports and queries on the lowest level; mean over queries and shots."
