@@ -261,3 +261,12 @@ def test_real_weights_tell_lungs_from_the_rest(real_data, name, file, o, reads, 
     seg = build('ssp', create_backbone(BackboneOptions(backbone=name, weights=str(real_data/'weights'/f'{file}.safetensors'), **o))).eval()
     assert seg.reads == (reads,)
     assert class_miou(evaluate({'m': seg}, store, episodes, epoch=0)) > least
+
+@pytest.mark.parametrize('name,freeze,still', [(PLAIN[0], 'stem+stage1.0', ['stem.', 'stage1.blocks.0.']), ('vit_small_patch16_dinov3.lvd1689m', 'stage1.0-1', ['stage1.blocks.0.', 'stage1.blocks.1.']),
+                                               ('convnext_tiny', 'stem+stage3.0', ['stem.', 'stage3.stages_2.blocks.0.']), ('swin_tiny_patch4_window7_224', 'stage1+stage3.1', ['stage1.', 'stage3.layers_2.blocks.1.'])])
+def test_blocks_freeze_one_by_one(name, freeze, still):
+    net = tiny(name, freeze=freeze).train()
+    frozen = {n.removeprefix('stages.') for n, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == {n.removeprefix('stages.') for n, _ in net.named_parameters() if n.removeprefix('stages.').startswith(tuple(still))} and len(frozen) > 3
+    assert not any(net.part(n).training for n in net.frozen) and net.part(net.names[1]).training == (net.names[1] not in net.frozen)
+    with pytest.raises(InputError, match="unknown stage in freeze 'stage1.9'"): tiny(name, freeze='stage1.9')

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['NETS', 'VITS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'resnet50_deepstem', 'resnet101_deepstem', 'miniature',
            'miniature_weights', 'read_state', 'load_state', 'vit_name', 'is_vit', 'usual_depth', 'Patches',
-           'Transformer', 'Upsampler', 'vit_state', 'Row', 'split_stages', 'block_ends', 'BackboneOptions', 'Backbone',
-           'parse_stages', 'resolve_backbone', 'published_state', 'backbone_of', 'create_backbone', 'image_size']
+           'Transformer', 'Upsampler', 'vit_state', 'Row', 'split_stages', 'block_ends', 'whole_blocks',
+           'BackboneOptions', 'Backbone', 'parse_stages', 'resolve_backbone', 'published_state', 'backbone_of',
+           'create_backbone', 'image_size']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
 import contextlib, difflib, io, itertools, math, re, sys
@@ -229,6 +230,12 @@ def block_ends(stage:nn.Module) -> list[nn.Module]:
     if blocks: return [m.act3 if isinstance(m, Bottleneck) else m.act2 for m in blocks]
     return [b for a, b in itertools.pairwise(stage if isinstance(stage, nn.Sequential) else ()) if isinstance(a, nn.Conv2d) and isinstance(b, nn.ReLU)]
 
+
+def whole_blocks(stage:nn.Module) -> list[nn.Module]:
+    "The modules of a stage's blocks, which can be frozen one by one: those of a ViT or of a `Row`, residual blocks; none of a VGG."
+    if isinstance(stage, Transformer): return list(stage.blocks)
+    return stage.readable if isinstance(stage, Row) else [m for m in stage.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+
 # %% ../../nbs/models/10_backbones.ipynb #cb2c0eb7
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -241,7 +248,7 @@ class BackboneOptions(Options):
     output_stride:int = option(8, "input pixels per feature cell; later stages are dilated to keep it, a ViT or Swin is up-sampled", choices=(8, 16, 32))
     last_relu:bool    = option(False, "keep the ReLU after the last block; SSP drops it")
     pixels:str        = option('auto', "input scaling: auto (what timm says of the net), imagenet (mean and std), half (x/127.5 - 1)", choices=('auto', 'imagenet', 'half'))
-    freeze:str        = option('auto', "stages that do not train: none, all, or names joined by +; auto: none for the miniature's net and for a ViT, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
+    freeze:str        = option('auto', "stages that do not train: none, all, or names joined by +, also blocks (stem+stage1.0-3, the first four of a ViT); auto: none for the miniature's net and for a ViT, else stem+stage1 (SSP's own; LoEC's stages 1, 2)")
     bn:str            = option('frozen', "batch norms of the trained stages: frozen, eval (affine trains), train", choices=('frozen', 'eval', 'train'))
 
 class Backbone(nn.Module):
@@ -258,10 +265,15 @@ class Backbone(nn.Module):
         for m in self.ends.values(): m.inplace = False                    # what enters them may be kept
         self.blocks = {s: tuple(n for n in self.ends if n.startswith(f'{s}.')) or (s,) for s in stages}
         self.outputs = tuple(dict.fromkeys(n for s in stages for n in (*self.blocks[s], s)))
-        for stage in self.frozen: self.stages[stage].requires_grad_(False)
+        for n in self.frozen: self.part(n).requires_grad_(False)
         if bn == 'frozen':
             for m in self._norms(): m.requires_grad_(False)
         self.train(self.training)
+
+    def part(self, name:str) -> nn.Module:
+        "A stage, or of a stage one of the blocks that freeze on their own, by its name."
+        stage, _, i = name.partition('.')
+        return whole_blocks(self.stages[stage])[int(i)] if i else self.stages[stage]
 
     def _norms(self): return (m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
@@ -270,7 +282,7 @@ class Backbone(nn.Module):
         super().train(mode)
         if self.bn != 'train':
             for m in self._norms(): m.eval()
-        for stage in self.frozen: self.stages[stage].eval()
+        for n in self.frozen: self.part(n).eval()
         return self
 
     @contextlib.contextmanager
@@ -307,13 +319,16 @@ class Backbone(nn.Module):
         self.train(was)
         return {k: v.shape[1] for k, v in out.items()}
 
-def parse_stages(text:str, names) -> tuple[str, ...]:
-    "Stage names out of `'stem+stage1'` (also with commas); `'none'` is the empty tuple, `'all'` every stage."
+def parse_stages(text:str, names, blocks=()) -> tuple[str, ...]:
+    "Names of stages, or of `blocks`, out of `'stem+stage1'` (also with commas; `stage1.0-3` for several blocks of one); `'none'` is the empty tuple, `'all'` every stage."
     if text == 'all': return tuple(names)
-    chosen = tuple(s for s in text.replace(',', '+').replace(' ', '').split('+') if s and s != 'none')
+    chosen = []
+    for s in (s for s in text.replace(',', '+').replace(' ', '').split('+') if s and s != 'none'):
+        span = re.fullmatch(r'(\w+)\.(\d+)-(\d+)', s)
+        chosen += [f'{span[1]}.{i}' for i in range(int(span[2]), int(span[3]) + 1)] if span else [s]
     for s in chosen:
-        if s not in names: raise unknown('stage in freeze', s, names)
-    return chosen
+        if s not in names and s not in blocks: raise unknown('stage in freeze', s, [*names, *blocks] if '.' in s else names)
+    return tuple(chosen)
 
 # %% ../../nbs/models/10_backbones.ipynb #b7d68cfb
 def resolve_backbone(o:BackboneOptions) -> BackboneOptions:
@@ -410,7 +425,7 @@ def backbone_of(net:nn.Module, o:BackboneOptions) -> Backbone:
         setattr(block, 'act3' if isinstance(block, Bottleneck) else 'act2', nn.Identity())
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     mean, std = dict(auto=(cfg.get('mean', IMAGENET_MEAN), cfg.get('std', IMAGENET_STD)), imagenet=(IMAGENET_MEAN, IMAGENET_STD), half=((.5,) * 3,) * 2)[o.pixels]
-    return Backbone(kept, mean, std, frozen=parse_stages(o.freeze, kept), bn=o.bn, name=o.backbone, options=o)
+    return Backbone(kept, mean, std, frozen=parse_stages(o.freeze, kept, [f'{s}.{i}' for s, m in kept.items() for i, _ in enumerate(whole_blocks(m))]), bn=o.bn, name=o.backbone, options=o)
 
 def create_backbone(o:BackboneOptions=BackboneOptions()) -> Backbone:
     "The backbone that the options describe. Raises `InputError` for an unknown name or stage, or for weights that do not fit."
