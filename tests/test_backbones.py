@@ -187,7 +187,7 @@ def test_a_refused_file_leaves_no_half_loaded_net(tmp_path, state):
 
 @pytest.mark.parametrize('o,reason', [
     (dict(name='resnet18x'), "unknown backbone 'resnet18x': did you mean"), (dict(name='minature'), 'miniature'),
-    (dict(name='swin_tiny_patch4_window7_224'), 'ResNet, MobileNet or EfficientNet'), (dict(last_stage='stage7'), "unknown last_stage 'stage7'"),
+    (dict(name='vgg11'), 'ResNet, MobileNet or EfficientNet'), (dict(name='mixer_s32_224'), 'MlpMixer has no stages this version can cut'), (dict(name='resnet18:3'), "unknown backbone 'resnet18:3'"), (dict(last_stage='stage7'), "unknown last_stage 'stage7'"),
     (dict(freeze='stem+stage9'), "unknown stage in freeze 'stage9'"), (dict(freeze='stage4'), "unknown stage in freeze 'stage4'"),
     (dict(weights='hub'), "timm has none for backbone 'miniature'"), (dict(output_stride=4), 'output_stride=4: choose from 8, 16, 32')])
 def test_impossible_backbones(o, reason):

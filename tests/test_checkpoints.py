@@ -6,8 +6,9 @@ from cdfss.engine.runs import Run
 from cdfss.engine.train import EvaluateSettings, TrainSettings, evaluation, load_segmenter, open_run, prepare, segmenter_of, train
 from cdfss.methods.seams import build
 from cdfss.models.backbones import BackboneOptions, create_backbone
-from cdfss.models.importers import from_official, load_official
-from episodes import episode
+from cdfss.models import importers
+from cdfss.models.importers import from_official, importers_of, load_official
+from episodes import episode, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -111,3 +112,22 @@ def test_checkpoints_that_can_not_be_used(run, tmp_path):
                        (dict(method='ssp'), 'it is a run of hsnet, not of ssp'), (dict(method='prototype', checkpoint=__file__), 'not of prototype; give a run folder')):
         with pytest.raises(InputError, match=reason) as e: evaluation_of(run, **kw)
         assert '\n' not in str(e.value)
+
+def test_a_method_s_everyday_name_finds_its_importers(monkeypatch):
+    "An alias stands for its modules on any base; the file decides, and the error is that of the base it is of."
+    assert importers_of('pahnet') == ['hdmnet+pfe+asc', 'sccan+pfe+asc'] and [importers_of(n) for n in ('ssp', 'ifa', 'hsnet', 'patnet', 'sccan', 'hdmnet', 'hsl')] == [[n] for n in ('ssp', 'ifa', 'hsnet', 'patnet', 'sccan', 'hdmnet', 'hsl')]
+    def imported(name, state):
+        if name.split('+')[0] not in state: raise InputError(f"official {name} checkpoint: unknown tensor 'x'")
+        if 'short' in state: raise InputError(f"official {name} checkpoint: nothing for 'y'")
+        tried.append(name)
+        return segmenter('prototype')
+    tried, mark = [], torch.zeros(1)
+    monkeypatch.setattr(importers, '_imported', imported)
+    for host in ('hdmnet', 'sccan'): from_official('pahnet', {host: mark})
+    assert tried == ['hdmnet+pfe+asc', 'sccan+pfe+asc']
+    for state, reason in (({'sccan': mark, 'short': mark}, "sccan.*nothing for 'y'"), ({}, "hdmnet.*unknown tensor 'x'")):
+        with pytest.raises(InputError, match=reason): from_official('pahnet', state)
+
+def test_names_without_a_published_checkpoint():
+    for name, reason in (('lfm', 'none is known of lfm'), ('hsnett', "unknown official checkpoint 'hsnett'")):
+        with pytest.raises(InputError, match=reason): from_official(name, {})

@@ -6,7 +6,7 @@ from torchvision.models import VisionTransformer as Torchvision
 from cdfss.basics import InputError
 from cdfss.engine.train import EvaluateSettings, evaluation, segmenter_of
 from cdfss.methods.seams import build, parse_recipe
-from cdfss.models.backbones import BackboneOptions, Transformer, create_backbone, is_vit, load_state, resolve_backbone, split_stages, vit_name, vit_state
+from cdfss.models.backbones import BackboneOptions, Transformer, create_backbone, is_vit, load_state, published_state, resolve_backbone, split_stages, vit_name, vit_state
 from episodes import RECIPES, episode
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -95,7 +95,7 @@ def test_torchvision_s_files():
     theirs = Torchvision(image_size=48, patch_size=16, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=7).eval()
     vit = plain()
     stages = split_stages(vit, 3)
-    state = vit_state(vit, theirs.state_dict())
+    state = vit_state(vit, published_state(vit, theirs.state_dict()))
     load_state(vit, state, torch.nn.ModuleDict(stages))
     x = torch.randn(2, 3, 48, 48)
     tokens = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), theirs._process_input(x)], 1))

@@ -28,8 +28,8 @@ from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
-from ..methods.seams import ALIASES, MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
-from ..models.backbones import BackboneOptions, create_backbone, read_state, resolve_backbone
+from ..methods.seams import MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
+from ..models.backbones import BackboneOptions, create_backbone, image_size, read_state, resolve_backbone
 from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
 
@@ -43,7 +43,7 @@ class RunOptions(Options):
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
-    size:int|None          = option(None, "working resolution in pixels", low=32)
+    size:int|None          = option(None, "working resolution in pixels; left open, a ViT's is a multiple of its patch, and on real data at least what it was trained at", low=32)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
     min_area:int|None      = option(None, "least area of a class in a source image, native pixels; SSP's and BAM's rule: 2048 (None: 1; the -dropped protocols: 2048 on real data)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
@@ -64,7 +64,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl')      # not hashed at these values: runs made before they existed keep their folders
+ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl', **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
 NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
@@ -132,7 +132,8 @@ def resolve(settings:Options) -> Options:
     s = dataclasses.replace(settings, method=str(parse_recipe(settings.method)))
     if s.checkpoint: s = dataclasses.replace(s, **_checkpoint(s)[0])
     given = standing('miniature' if s.data_root is None else 'real', parse_recipe(s.method).base)
-    s = dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
+    left_open, s = s.size is None, dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
+    if left_open: s = dataclasses.replace(s, size=image_size(s.backbone, s.size, own=s.data_root is not None))
     recipe = parse_recipe(s.method)
     if s.augment != 'none' and s.epochs and 'augment' not in recipe.modules:
         s = dataclasses.replace(s, method=f'{recipe}+augment', augment_rule=s.augment_rule or s.augment)
@@ -173,7 +174,7 @@ def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
         d = Run(path).json('weights')
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
         return d['backbone'], d['recipe'], load_segmenter(path).state_dict()
-    known = sorted((n for n in IMPORTERS if n == base or n in ALIASES and parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
+    known = sorted((n for n in IMPORTERS if parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
     if not known: raise InputError(f"checkpoint={path}: official checkpoints are known of {', '.join(sorted(IMPORTERS))}, not of {base}; give a run folder")
     state, refused = read_state(path), []
     for name in known:                                                     # HSL's are those of a recipe of SSP

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from ..basics import option
+from ..basics import InputError, option
 from ..episode import Episode
 from ..models.importers import IMPORTERS
 from ..models.prototype import cosine_scores
@@ -81,6 +81,7 @@ class IFA(SSP):
 
     def __init__(self, backbone, modules=(), options:IFAOptions|None=None):
         super().__init__(backbone, modules, options)
+        if self.views[-1] != backbone.names[-1]: raise InputError(f"ifa_layers={self.options.layers}: its chain is trained on the last stage; use last, or auto")
         self.tuning = replace(self.tuning, pool=self.options.support_policy) if self.options.stage == 'ifa' else None
 
     @staticmethod

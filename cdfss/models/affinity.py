@@ -134,7 +134,7 @@ class Affinity(Segmenter):
         self.plus = any('attend' in m.seams and m.options.strength for m in self.extras)
         self.predictor = read_predictor(o.predictor).requires_grad_(False) if self.plus and o.predictor else None
         own = SSP(backbone, options=SSPOptions(refine=False))
-        own.reads = (self.reads[1],)
+        own.reads = own.views = (self.reads[1],)
         self.own_predictor = (own,)                                                    # in a tuple: its weights are the backbone's, and counted there
 
     @staticmethod

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from ..basics import InputError
 from ..episode import Prediction
-from .backbones import Backbone
+from .backbones import Backbone, Transformer, Upsampler
 from .prototype import resize_mask
 from .segmenter import BASES, Match, Segmenter, cross_entropy
 
@@ -207,6 +207,8 @@ class HSNet(Segmenter):
     def __init__(self, backbone:Backbone, modules=(), options=None):
         super().__init__(backbone, modules, options)
         if len(backbone.names) < 3: raise InputError(f"hsnet: it compares the last three stages, the backbone has {', '.join(backbone.names)}; set last_stage=last")
+        if any(isinstance(backbone.stages[s], (Transformer, Upsampler)) for s in backbone.names[-3:]):
+            raise InputError(f"hsnet: it compares three levels, each half as large as the one before; backbone={backbone.name} ends in one or is up-sampled: use a ResNet, VGG, ConvNeXt or Swin with last_stage=last and output_stride=32")
         self.levels = [backbone.blocks[s] for s in reversed(backbone.names[-3:])]          # deepest first
         self.reads = tuple(n for level in reversed(self.levels) for n in level)
         self.learner = HPN(tuple(map(len, self.levels)), SMALL_WIDTHS if backbone.name == 'miniature' else WIDTHS)

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['IMPORTERS', 'WHOLE', 'DEEP_STEM', 'BAM_RULES', 'SCCAN_RULES', 'HDMNET_RULES', 'deep_stem_backbone', 'vit_backbone',
-           'levels_of', 'bam_options', 'from_official', 'load_official']
+           'levels_of', 'bam_options', 'importers_of', 'from_official', 'load_official']
 
 # %% ../../nbs/models/17_importers.ipynb #a387eb4c
-import math, re
+import importlib, math, re
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -99,10 +99,26 @@ def _hdmnet(state):
     return HDMNet(deep_stem_backbone(state, **WHOLE), options=HDMNetOptions(**bam_options(state))), [*DEEP_STEM, *BAM_RULES, *HDMNET_RULES, *levels_of(False)]
 
 # %% ../../nbs/models/17_importers.ipynb #5e7ba5e0
+def importers_of(name:str) -> list[str]:
+    "The importers that a method's name stands for: its own, or for an alias such as pahnet those of its modules on any base. Raises `InputError` for a name that has none."
+    seams = importlib.import_module('cdfss.methods.seams')                # a floor above, by name: the methods' notebooks register theirs
+    seams.discover()
+    if name in IMPORTERS or name not in seams.ALIASES: return [name] if IMPORTERS[name] else []
+    base, _, modules = seams.ALIASES[name].partition('+')
+    found = sorted((n for n in IMPORTERS if n.partition('+')[2] == modules), key=lambda n: n.partition('+')[0] != base)
+    if not found: raise InputError(f"official checkpoint: none is known of {name}; known: {', '.join(sorted(IMPORTERS))}")
+    return found
+
 def from_official(name:str, state_dict:dict[str, Tensor]) -> Segmenter:
-    """The segmenter of a published checkpoint, in eval mode. `name` is one of `IMPORTERS`. Raises `InputError` naming the first key that is
+    """The segmenter of a published checkpoint, in eval mode. `name` is one of `IMPORTERS`, or an alias of some. Raises `InputError` naming the first key that is
     unknown, missing, or of another shape."""
-    state = {k.removeprefix('module.'): v for k, v in state_dict.items()}
+    state, refused = {k.removeprefix('module.'): v for k, v in state_dict.items()}, []
+    for one in importers_of(name):
+        try: return _imported(one, state)
+        except InputError as e: refused.append(e)
+    raise next((e for e in refused if 'unknown tensor' not in str(e)), refused[0])                   # of the base that the file is of
+
+def _imported(name:str, state:dict[str, Tensor]) -> Segmenter:
     segmenter, rules = IMPORTERS[name](state)
     own, renamed = segmenter.state_dict(), {}
     for key, value in state.items():

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from .segmenter import BASES, Match, Segmenter, cross_entropy
+from .layers import Layered
+from .segmenter import BASES, Match, cross_entropy
 
 # %% ../../nbs/models/16_prototype.ipynb #f3698eea
 def resize_mask(mask:Float[Tensor, "*n H W"], size) -> Float[Tensor, "*n h w"]:
@@ -40,10 +41,10 @@ def support_prototypes(match:Match, stage:str) -> tuple[Float[Tensor, "b c"], Fl
 
 # %% ../../nbs/models/16_prototype.ipynb #69583148
 @BASES.register('prototype')
-class Prototype(Segmenter):
+class Prototype(Layered):
     "Nearest prototype of support foreground and background (the 'baseline' row of the SSP paper)."
-    def compare(self, match:Match) -> dict[str, Tensor]:
-        fg, bg = support_prototypes(match, self.reads[-1])
-        return {'scores': cosine_scores(match.query[self.reads[-1]], fg, bg), 'fg_prototype': fg, 'bg_prototype': bg}
+    def compare_at(self, match:Match, view:str) -> dict[str, Tensor]:
+        fg, bg = support_prototypes(match, view)
+        return {'scores': cosine_scores(match.query[view], fg, bg), 'fg_prototype': fg, 'bg_prototype': bg}
 
     def losses(self, match, out, target, size): return {'query': cross_entropy(self.upsample(out['scores'], size), target)}

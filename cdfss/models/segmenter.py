@@ -28,6 +28,7 @@ class Match:
     held: dict[str, Tensor] = field(default_factory=dict)            # what the base has computed of it already (`Segmenter.hold`)
     cls: Int[Tensor, "b"]|None = None                # as in `Episode`
     guide: Float[Tensor, "b g g"]|None = None        # a separate predictor's foreground probability (models/14_affinity)
+    choice: Float[Tensor, "b v"]|None = None         # weights of the candidates of `layers`, where the supports have chosen already (models/18_layers)
 
     @staticmethod
     def masks(support_masks:Bool[Tensor, "b k H W"], support_ignore:Bool[Tensor, "b k H W"]|None) -> tuple[Tensor, Tensor]:
@@ -71,6 +72,7 @@ class Segmenter(nn.Module):
     rehearsal_shots: int|None = None         # supports shown at once in a rehearsal, in turn from step to step; None: all the others
     attends: bool = False                    # has attention blocks, and so the `attend` seam
     groups: tuple[Group, ...] = ()           # how its paper trains its parts, where not all alike (`optimizer=own`)
+    chooses: bool = False                    # chooses what it compares from the supports of each task (`choose`, models/18_layers)
     Options: type[Options] = Options
 
     @staticmethod

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from ..basics import Options, option
+from ..basics import option
+from .layers import LayerOptions, Layered
 from .prototype import cosine_scores, masked_pool, support_prototypes
-from .segmenter import BASES, Match, Segmenter, cross_entropy
+from .segmenter import BASES, Match, cross_entropy
 
 # %% ../../nbs/models/11_ssp.ipynb #142cd6b7
 def confident(prob:Float[Tensor, "b n"], threshold:float, fallback:int) -> Bool[Tensor, "b n"]:
@@ -46,7 +47,7 @@ def adaptive_prototype(features:Float[Tensor, "b c n"], chosen:Bool[Tensor, "b n
 
 # %% ../../nbs/models/11_ssp.ipynb #ed7ca1e7
 @dataclass(frozen=True)
-class SSPOptions(Options):
+class SSPOptions(LayerOptions):
     "SSP's numbers; the defaults are the paper's code's."
     fg_threshold:float  = option(0.7, "a query pixel is confident foreground above this probability", low=0, high=1)
     bg_threshold:float  = option(0.6, "a query pixel is confident background above this probability", low=0, high=1)
@@ -66,13 +67,13 @@ def self_support(features:Float[Tensor, "b c h w"], scores:Float[Tensor, "b 2 h 
 def _spread(p:Float[Tensor, "b c"]) -> Float[Tensor, "b c 1 1"]: return p[:, :, None, None]
 
 @BASES.register('ssp')
-class SSP(Segmenter):
+class SSP(Layered):
     "Self-support prototype matching (ECCV 2022), as in its published code."
     Options = SSPOptions
 
-    def compare(self, match:Match) -> dict[str, Tensor]:
-        o, f = self.options, match.query[self.reads[-1]]
-        fp, bp = support_prototypes(match, self.reads[-1])
+    def compare_at(self, match:Match, view:str) -> dict[str, Tensor]:
+        o, f = self.options, match.query[view]
+        fp, bp = support_prototypes(match, view)
         first = cosine_scores(f, fp, bp)
         plain = len(f) == 1 and f.shape[2:].numel() > LARGE_MAP and not torch.is_grad_enabled()
         like = likeness(f.flatten(2)) if plain else None
@@ -89,7 +90,8 @@ class SSP(Segmenter):
         return out
 
     def losses(self, match:Match, out:dict[str, Tensor], target:Tensor, size) -> dict[str, Tensor]:
-        stage = self.reads[-1]
+        stage = self.views[-1]
+        match = self.viewed(match, stage)
         f, s = match.query[stage], match.support[stage].flatten(0, 1)
         ce = lambda scores, t: cross_entropy(self.upsample(scores, size), t)
         terms = {'refined': ce(out['scores'], target)} if self.options.refine else {}
