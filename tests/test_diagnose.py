@@ -68,6 +68,22 @@ def test_what_was_computed_is_kept_until_the_question_or_the_code_changes(run, m
     assert calls == [4, 6, 6]
     with pytest.raises(InputError, match="unknown diagnostic 'error': did you mean 'errors'"): diagnosis.diagnose(run, 'error')
 
+def test_a_run_beside_it_is_asked_the_same(run, tmp_path):
+    subject, settings = open_subject(run.path), {k: v for k, v in run.params.items() if k in TrainSettings.__dataclass_fields__}
+    plain, small = (train(TrainSettings.make(settings | dict(method='ssp', weights='auto', runs=str(tmp_path), epochs=0) | kw), say=lambda line: None) for kw in ({}, dict(size=64)))
+    o = diagnosis.DiagnoseOptions(run=str(run.path), beside=f'{plain.path}, {run.path}', episodes=4)
+    frames = diagnosis.diagnose(subject, 'errors', **o.asked('errors'))
+    assert frames['balance'].query("target == 'isic'").other.tolist() == ['prototype', 'affinity', 'ssp', 'ssp+lcm'] and 'beside' not in o.asked('sharpness')
+    same = frames['balance'].query("other == 'ssp+lcm'")
+    assert (same.closer == 0).all() and (same.precision_gain == 0).all()                               # the run beside itself
+    assert 'lean is' in diagnosis.errors_finding(frames, 'voc', 'ssp+lcm').text or (frames['balance'].reading == 'not clear').any()
+    with pytest.raises(InputError, match=r'it has size=64, the subject size=96; give a run on the same data'): diagnosis.diagnose(subject, 'errors', beside=(str(small.path),))
+
+def test_the_target_of_a_fold_goes_by_its_own_name(tmp_path):
+    subject = open_subject('ssp', protocol='pascal-5i', fold=0, test_episodes=4, shots='1', track_episodes=4, weights='none')
+    found = diagnosis.diagnose(subject, 'errors', episodes=4)
+    assert found['errors'].target.unique().tolist() == ['voc', 'voc-fold0'] and 'voc-fold0' in diagnosis.errors_finding(found, 'voc', 'ssp').text or 'neither' in diagnosis.errors_finding(found, 'voc', 'ssp').text
+
 def test_stages_trains_its_runs_and_finds_them_again(run):
     subject = open_subject(run.path, runs=str(run.path.parent))
     found = diagnosis.diagnose(subject, 'stages', seeds=(0,), freeze=('none', 'stem'))

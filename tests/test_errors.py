@@ -4,9 +4,11 @@ import pandas as pd, pytest, torch
 from cdfss.data.images import ImageStore
 from cdfss.data.layouts import open_dataset
 from cdfss.data.manifests import draw
-from cdfss.diagnostics.errors import Affinity, agreement, errors, judge, study
+from cdfss.basics import InputError
+from cdfss.diagnostics.errors import Affinity, agreement, balance, errors, judge, over_seeds, study
 from cdfss.engine.evaluate import evaluate
-from cdfss.engine.metrics import COUNTS
+from cdfss.engine.metrics import COUNTS, seed_interval
+from cdfss.engine.train import excerpt
 from cdfss.models.prototype import Prototype
 from cdfss.models.segmenter import Match
 from episodes import backbone, segmenter
@@ -70,7 +72,49 @@ def test_affinity_sees_every_shot_and_no_masked_pixel():
     assert torch.equal(a.compare(match(poked, fg))['scores'][:, 1], out[:, 1]) and not torch.equal(a.compare(match(poked, fg))['scores'][:, 0], out[:, 0])
     assert a.compare(match(s, 0*fg))['scores'].isfinite().all()                             # a support that shows nothing
 
+# ---- the balance of a hybrid -------------------------------------------------------------------------------------------------
+def predictor(method, found, more, n=60, seed=0, target='t'):
+    rng, size = np.random.default_rng(seed), np.random.default_rng(9).integers(400, 900, n)
+    tp, fp = ((share*size + rng.normal(0, 15, n)).clip(0, size).astype(int) for share in (found, more))
+    return pd.DataFrame(dict(target=target, shot=1, method=method, index=range(n), cls=np.arange(n) % 3, tp=tp, fp=fp, fn=size - tp, tn=8000))
+
+THREE = dict(hybrid=(.8, .25), prototype=(.6, .1), affinity=(.9, .6))
+
+def test_balance_against_the_leans_themselves():
+    f = pd.concat([predictor(m, *how, seed=i) for i, (m, how) in enumerate(THREE.items())])
+    table, alone = balance(f.sample(frac=1, random_state=0), 'hybrid', ['prototype', 'affinity'], draws=300).set_index('other'), errors(f, draws=50).set_index('method')
+    for m in ('prototype', 'affinity'):
+        row = table.loc[m]
+        assert np.isclose(row.lean, alone.lean['hybrid']) and np.isclose(row.other_lean, alone.lean[m]) and np.isclose(row.closer, abs(alone.lean[m]) - abs(alone.lean['hybrid']))
+        assert np.isclose(row.precision_gain, alone.precision['hybrid'] - alone.precision[m]) and np.isclose(row.recall_gain, alone.recall['hybrid'] - alone.recall[m])
+        assert row.closer_low < row.closer < row.closer_high and row.reading == 'better balanced'
+    assert set(balance(f, 'affinity', ['hybrid', 'prototype'], 300).reading) >= {'worse balanced'}
+    with pytest.raises(InputError, match="unknown method 'hybrd': did you mean 'hybrid'"): balance(f, 'hybrid', ['hybrd'])
+
+def test_balance_is_paired_and_invents_nothing():
+    f = predictor('hybrid', .8, .25)
+    both = pd.concat([f, f.assign(method='twin')])
+    row = balance(both, 'hybrid', ['twin'], draws=200).iloc[0]
+    assert (row.closer, row.closer_low, row.closer_high, row.reading) == (0, 0, 0, 'not clear')                    # the same answers: no interval at all
+
+def test_balance_over_seeds():
+    tables = [balance(pd.concat([predictor(m, *how, seed=10*s + i) for i, (m, how) in enumerate(THREE.items())]), 'hybrid', ['affinity'], draws=50) for s in range(3)]
+    row = over_seeds(tables).iloc[0]
+    assert row.seeds == 3 and (row.closer, row.closer_low, row.closer_high) == seed_interval(pd.concat(tables).closer) and row.reading == 'better balanced'
+    with pytest.raises(InputError, match='needs at least 2'): over_seeds(tables[:1])
+
+def test_three_predictors_of_a_guided_segmenter(isic):
+    "PAHNet's prototype predictor is its own; no pair is made with a run beside it."
+    seg = segmenter('pahnet')
+    frames = study(seg, None, {'isic': isic}, episodes=4, draws=20)
+    by = frames['errors'].set_index('method')
+    own, _ = judge({'prototype': seg.predicts, 'segmenter': seg}, isic[0], excerpt(isic[1], 4))
+    assert by.loc['prototype', ['precision', 'recall']].tolist() == errors(own, 20).set_index('method').loc['prototype', ['precision', 'recall']].tolist()
+    assert frames['balance'].other.tolist() == ['prototype', 'affinity'] and set(frames['balance'].method) == {'segmenter'}
+    scored, agreed = judge({'a': seg, 'b': seg.predicts, 'c': seg}, *isic, single=['c'])
+    assert set(agreed.pair) == {'a, b'} and set(scored.method) == {'a', 'b', 'c', 'a & b', 'a | b'}
+
 def test_study_carries_where_numbers_come_from(isic):
     frames = study(segmenter('ssp+lcm'), None, {'isic': isic}, episodes=6, seed=3, name='mine', draws=50)
-    assert set(frames) == {'errors', 'agreement'} and 'mine' in set(frames['errors'].method) and 'prototype & affinity' in set(frames['errors'].method)
+    assert set(frames) == {'errors', 'agreement', 'balance'} and 'mine' in set(frames['errors'].method) and 'prototype & affinity' in set(frames['errors'].method)
     for f in frames.values(): assert (f.episodes == 6).all() and (f.seed == 3).all() and f.manifest.str.len().eq(8).all()

@@ -18,8 +18,8 @@ from ..models.segmenter import Segmenter
 # %% ../../nbs/diagnostics/39_subject.ipynb #305bac44
 @dataclass
 class Subject:
-    """A segmenter (in eval mode) and its data: source validation and each target as (store, 1-shot manifest of the episodes a run follows), and the test
-    manifests by (target, shot)."""
+    """A segmenter (in eval mode) and its data: source validation and each target as (store, 1-shot manifest of the episodes a run follows, under the target's name), and
+    the test manifests by (target, shot)."""
     name: str
     segmenter: Segmenter
     settings: Options
@@ -50,9 +50,9 @@ def open_subject(what:str|Path, **settings) -> Subject:
     Raises `InputError` for a name that is neither, and for data that cannot be used."""
     run = Run(what) if (Path(what)/'params.json').exists() else None
     if run is None and (Path(what).is_dir() or '/' in str(what)): raise InputError(f"{what}: no params.json there: give a run folder, or a recipe like ssp+lcm")
-    own = {'eval_size': 'working', **still_known(run.params['method'], run.params), 'weights': 'none', 'device': 'auto'} if run else dict(method=str(what), epochs=0)
+    own = {'eval_size': 'working', 'augment': 'none', **still_known(run.params['method'], run.params), 'weights': 'none', 'device': 'auto'} if run else dict(method=str(what), epochs=0)
     s = resolve(TrainSettings.make({**own, **settings}))
     data = prepare(s)
     segmenter = (load_segmenter(run) if run else segmenter_of(s)).to(s.device).eval()
     return Subject(run.path.name if run else s.method, segmenter, s, (data.validation, data.followed[s.source]),
-                   {t: (store, data.followed[t]) for t, store in data.targets.items()}, data.manifests, run)
+                   {t: (store, replace(data.followed[t], dataset=t)) for t, store in data.targets.items()}, data.manifests, run)
