@@ -83,7 +83,7 @@ class Board:
         self.settings, self.pictures, self.strokes, self.seg, self.results = settings, {}, {}, None, []
         self.name = f'cdfss-board-{next(_BOARDS)}'
         self.upload, self.which = W.FileUpload(accept='image/*', multiple=True, description='add pictures'), W.Dropdown(description='picture')
-        self.tool = W.ToggleButtons(options=TOOLS, style=dict(button_width='48px'), layout=W.Layout(width='190px'))
+        self.tool = W.ToggleButtons(options=TOOLS, style=dict(button_width='56px'), layout=W.Layout(width='200px'))
         self.cls, self.width = W.BoundedIntText(1, min=0, max=8, description='class', tooltip='0: background', layout=W.Layout(width='150px')), W.IntSlider(8, min=1, max=40, description='width')
         self.clear, self.go, self.keep = (W.Button(description=d) for d in ('clear', 'segment', 'save'))
         self.note, self.canvas, self.shown = W.HTML(layout=W.Layout(min_height='30px')), W.HTML(), W.VBox()
