@@ -6,6 +6,8 @@ PYTHON ?= python3
 METHOD ?= lcm
 STUDY  ?= loec
 ARGS   ?=
+DATA   ?=
+BACKBONES ?= miniature
 
 # the system's certificates, so that set-up works behind a company's proxy (both names: uv renamed it)
 export UV_SYSTEM_CERTS := 1
@@ -13,7 +15,7 @@ export UV_NATIVE_TLS   := 1
 # waiting threads that spin slow each other down many times over when other work shares the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test browser study figures export clean-notebooks lock wheel
+.PHONY: setup train test browser study figures own-images export clean-notebooks lock wheel
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -57,3 +59,7 @@ study: setup
 figures: setup
 	@mkdir -p runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/figures.ipynb runs/figures.ipynb $(ARGS) --log-output --no-progress-bar
+
+# how well one's own images are segmented, on the data sets below DATA: figures/own_images.csv; BACKBONES="miniature; resnet18 weights=FILE size=320"
+own-images: setup
+	$(BIN)/python -c "import sys; from cdfss.use.trial import TrialOptions, try_out; try_out(TrialOptions(data_root=sys.argv[1] or None, backbones=sys.argv[2]))" "$(DATA)" "$(BACKBONES)"

@@ -45,11 +45,11 @@ def strokes_to_boxes(strokes:list[dict]) -> list[tuple]|None:
 
 # %% ../nbs/use/75_annotate.ipynb #b0db1049
 _HANDLERS = dict(
-    onpointerdown="""const c=this,d=c.dataset,r=c.getBoundingClientRect();c.setPointerCapture(event.pointerId);c.strokes=c.strokes||JSON.parse(d.strokes);
+    onpointerdown="""const c=this,d=c.dataset,r=c.getBoundingClientRect();c.setPointerCapture(event.pointerId);if(!c.strokes){c.strokes=JSON.parse(d.strokes);c.old=c.strokes.length};
 c.now={tool:d.tool,cls:+d.cls,width:+d.width,points:[]};c.strokes.push(c.now);
 c.at=e=>[Math.round((e.clientX-r.left)*c.width/r.width),Math.round((e.clientY-r.top)*c.height/r.height)];
 c.show=()=>{const g=c.getContext('2d'),k=JSON.parse(d.colours);g.clearRect(0,0,c.width,c.height);g.lineCap=g.lineJoin='round';
-for(const s of c.strokes){const p=s.points;if(!p.length)continue;g.strokeStyle=g.fillStyle=k[s.cls]||'#fff';g.globalAlpha=.75;g.lineWidth=s.tool=='line'?s.width:Math.max(2,c.width/250);g.beginPath();
+for(const s of c.strokes.slice(c.old)){const p=s.points;if(!p.length)continue;g.strokeStyle=g.fillStyle=k[s.cls]||'#fff';g.globalAlpha=.75;g.lineWidth=s.tool=='line'?s.width:Math.max(2,c.width/250);g.beginPath();
 if(s.tool=='box'){const q=p[p.length-1];g.rect(p[0][0],p[0][1],q[0]-p[0][0],q[1]-p[0][1])}else{g.moveTo(p[0][0],p[0][1]);for(const q of p)g.lineTo(q[0]+.01,q[1]);if(s.tool=='area')g.closePath()}
 g.stroke();if(s.tool=='area'){g.globalAlpha=.4;g.fill()}}};c.now.points.push(c.at(event));c.show();event.preventDefault()""",
     onpointermove="if(this.now){this.now.points.push(this.at(event));this.show()}",
@@ -57,12 +57,18 @@ g.stroke();if(s.tool=='area'){g.globalAlpha=.4;g.fill()}}};c.now.points.push(c.a
 for(const n of ['input','change'])t.dispatchEvent(new Event(n,{bubbles:true}))}""")
 
 def canvas(picture:Picture, strokes:list[dict], tool:str, cls:int, width:float, board:str, shown:int=560) -> str:
-    "HTML of a picture with a canvas over it, at most `shown` pixels wide; strokes keep to the picture's own pixels."
+    "HTML of a picture with its strokes and a canvas over it for more, `shown` pixels wide (enlarged four times at most); strokes keep to the picture's own pixels."
     w, h = picture.size
-    scale, png = min(1., shown/w), io.BytesIO()
-    Image.fromarray(picture.pixels).resize((max(1, round(w*scale)), max(1, round(h*scale)))).save(png, 'PNG')
+    scale, png = min(4., shown/w), io.BytesIO()
+    im, colour = Image.fromarray(picture.pixels), lambda k: (255,)*3 if k == 0 else tuple(min(255, 2*v) for v in palette()[k].tolist())
+    pen = ImageDraw.Draw(im)
+    for s in strokes:
+        points, width_ = [tuple(p) for p in s['points']], max(1, round(s['width'] if s['tool'] == 'line' else w/250))
+        if s['tool'] == 'box': points = [(x, y) for (x0, y0), (x1, y1) in [(points[0], points[-1])] for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))]
+        pen.line(points + points[:1]*(s['tool'] == 'area' or len(points) == 1), fill=colour(s['cls']), width=width_, joint='curve')
+    im.resize((max(1, round(w*scale)), max(1, round(h*scale)))).save(png, 'PNG')
     side, quote = f'width:{max(1, round(w*scale))}px;height:{max(1, round(h*scale))}px', lambda v: json.dumps(v).replace('"', '&quot;')
-    colours = {k: '#ffffff' if k == 0 else '#%02x%02x%02x' % tuple(min(255, 2*v) for v in palette()[k].tolist()) for k in range(9)}
+    colours = {k: '#%02x%02x%02x' % colour(k) for k in range(9)}
     handlers = ' '.join(f'{name}="{js}"' for name, js in _HANDLERS.items())
     return (f'<div style="position:relative;{side}"><img draggable="false" style="position:absolute;{side}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
             f'<canvas width="{w}" height="{h}" style="position:absolute;{side};touch-action:none;cursor:crosshair" data-board="{board}" data-tool="{tool}" data-cls="{cls}" data-width="{width/scale:.1f}" '
@@ -77,10 +83,10 @@ class Board:
         self.settings, self.pictures, self.strokes, self.seg, self.results = settings, {}, {}, None, []
         self.name = f'cdfss-board-{next(_BOARDS)}'
         self.upload, self.which = W.FileUpload(accept='image/*', multiple=True, description='add pictures'), W.Dropdown(description='picture')
-        self.tool = W.ToggleButtons(options=TOOLS, style=dict(button_width='60px'))
+        self.tool = W.ToggleButtons(options=TOOLS, style=dict(button_width='56px'), layout=W.Layout(width='200px'))
         self.cls, self.width = W.BoundedIntText(1, min=0, max=8, description='class', tooltip='0: background', layout=W.Layout(width='150px')), W.IntSlider(8, min=1, max=40, description='width')
         self.clear, self.go, self.keep = (W.Button(description=d) for d in ('clear', 'segment', 'save'))
-        self.note, self.canvas, self.shown = W.HTML(), W.HTML(), W.VBox()
+        self.note, self.canvas, self.shown = W.HTML(layout=W.Layout(min_height='30px')), W.HTML(), W.VBox()
         self.sent = W.Textarea(layout=W.Layout(width='1px', height='1px', overflow='hidden', visibility='hidden')).add_class(self.name)
         self.box = W.VBox([W.HBox([self.upload, self.which]), W.HBox([self.tool, self.cls, self.width, self.clear, self.go, self.keep]), self.note, self.canvas, self.sent, self.shown])
         for w in (self.which, self.tool, self.cls, self.width): w.observe(lambda _: self.show(), 'value')

@@ -1,5 +1,5 @@
 "One's own images: what is read, what is refused, what comes out, and that nothing is encoded or tuned twice."
-import json, subprocess, sys
+import datetime, json, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 import cdfss
@@ -9,6 +9,7 @@ from cdfss.data.images import pixels_of, to_input
 from cdfss.engine.adapt import AdaptOptions
 from cdfss.use.pictures import UNKNOWN, cut_out, pairs_in, read_boxes, read_labels, read_picture
 from cdfss.use.results import Result, annotations, from_run_lengths, palette, run_lengths, save_coco
+from cdfss.use.folder import FolderOptions, segment_folder
 from cdfss.use.segment import FewShot, blend, load, windows
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -350,10 +351,104 @@ def test_import_stays_quick_and_names_are_there():
     assert r.stdout.strip() == '[]', r.stderr
     assert cdfss.load is load and cdfss.FewShot is FewShot and cdfss.save_coco is save_coco and not hasattr(cdfss, 'loud')
 
-def test_a_run_folder_is_a_recipe_with_weights(tmp_path, miniature):
-    from cdfss.engine.train import TrainSettings, train
-    run = train(TrainSettings(method='lcm', data_root=str(miniature), size=64, backbone='miniature', epochs=0, test_episodes=4, track='none', shots='1', targets='isic', samples=0, lcm_beta=.5, runs=str(tmp_path)), say=lambda line: None)
-    s = cdfss.load(run.path)
-    assert s.recipe == 'ssp+lcm' and s.options.size == 64 and s.values['lcm_beta'] == .5 and cdfss.load('ssp+lem', checkpoint=run.path).options.size == 64
-    assert np.allclose(s.fit(P, M).predict(ASKED[0]).scores, load('lcm', size=64, lcm_beta=.5).fit(P, M).predict(ASKED[0]).scores, atol=1e-5)
-    assert 'own weights' in line(cdfss.load, run.path, checkpoint='x')
+def test_a_run_folder_is_a_recipe_with_weights(tmp_path):
+    from cdfss.basics import write_json
+    from cdfss.engine.train import save_weights
+    plain = load('lcm', size=64, lcm_beta=.5)
+    with torch.no_grad(): plain.segmenter.backbone.stages['stem'].conv1[0].weight.mul_(1.5)                  # not the weights that a recipe starts from
+    save_weights(plain.segmenter, tmp_path/'run'/'weights.safetensors')
+    write_json(tmp_path/'run'/'weights.json', dict(recipe='ssp+lcm', epoch=1, size=64, options=plain.values, backbone={**plain.segmenter.backbone.options.dict(), 'weights': 'none'}))
+    s = cdfss.load(tmp_path/'run')
+    assert s.recipe == 'ssp+lcm' and s.options.size == 64 and s.values['lcm_beta'] == .5
+    expected = plain.fit(P, M).predict(ASKED[0]).scores
+    assert np.allclose(s.fit(P, M).predict(ASKED[0]).scores, expected, atol=1e-5) and not np.allclose(load('lcm', size=64, lcm_beta=.5).fit(P, M).predict(ASKED[0]).scores, expected, atol=1e-2)
+    assert load('ssp+lem', checkpoint=tmp_path/'run').recipe == 'ssp+lem' and 'own weights' in line(cdfss.load, tmp_path/'run', checkpoint='x')
+
+# ---- a folder, and the board ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path):
+    for d in ('images', 'masks', 'queries'): (tmp_path/d).mkdir()
+    for i, (picture, labels) in enumerate((*SHOWN, ASKED)):
+        Image.fromarray(picture).save(tmp_path/'images'/f'{i}.png')
+        if i < 2: Image.fromarray(labels.astype(np.uint8)).save(tmp_path/'masks'/f'{i}.png')
+    Image.fromarray(ASKED[0]).save(tmp_path/'queries'/'q.png')
+    return tmp_path
+
+def options(folder, **more): return FolderOptions(**dict(images=str(folder/'images'), masks=str(folder/'masks'), recipe='ssp', size=64, out=str(folder/'out')) | more)
+
+def test_a_folder(folder):
+    results = segment_folder(options(folder, classes='red,green'))
+    assert [r.name for r in results] == ['2.png', '3.png'] and results[0].classes == {1: 'red', 2: 'green'}
+    expected = load('ssp', size=64).fit(*map(list, zip(*SHOWN[:2]))).predict(ASKED[0])
+    assert np.array_equal(results[1].mask, expected.mask) and np.array_equal(np.asarray(Image.open(folder/'out'/'3.png')), expected.mask)
+    coco = json.loads((folder/'out'/'annotations.json').read_text())
+    assert [i['file_name'] for i in coco['images']] == ['2.png', '3.png'] and {c['name'] for c in coco['categories']} == {'red', 'green'}
+    again = segment_folder(FolderOptions(fitted=str(folder/'out'/'fitted.safetensors'), queries=str(folder/'queries'), out=str(folder/'later')))
+    assert np.array_equal(again[0].mask, expected.mask) and (folder/'later'/'q.png').exists()
+
+def test_a_folder_with_boxes(folder):
+    (folder/'boxes.json').write_text(json.dumps({'0.png': [[6, 16, 34, 44], [46, 16, 74, 44, 2]], '1.png': [[6, 16, 34, 44]]}))
+    results = segment_folder(options(folder, masks=None, boxes=str(folder/'boxes.json'), queries=str(folder/'queries')))
+    assert len(results) == 1 and set(results[0].classes) == {1, 2}
+
+@pytest.mark.parametrize('more,said', [(dict(images='nowhere'), 'images=nowhere: no such folder'), (dict(masks=None), 'give masks= or boxes='), (dict(boxes='b.json'), 'not both'), (dict(masks=None, boxes='b.json'), 'b.json: cannot be read'), (dict(images=None), 'want the folder of their pictures'),
+                                       (dict(fitted='x'), 'queries=None'), (dict(recipe='lmc'), "did you mean 'lcm'"), (dict(classes='red'), 'holds the number 2, which has no name')])
+def test_a_folder_that_does_not_go_together(folder, more, said): assert said in line(segment_folder, options(folder, **more))
+
+def test_the_notebook_offers_the_options(repo):
+    from cdfss.engine.runs import parameters_cell
+    [cell] = [c for c in json.loads((repo/'nbs'/'segment.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    assert ''.join(cell['source']) == parameters_cell(FolderOptions)
+
+THEN = datetime.datetime(2026, 1, 1)
+STROKE = lambda tool, cls, *points, width=5: dict(tool=tool, cls=cls, width=width, points=[list(p) for p in points])
+@pytest.mark.parametrize('strokes,values', [([STROKE('line', 1, (20, 30), (22, 32))], {1, 255}), ([STROKE('line', 1, (20, 30)), STROKE('line', 0, (2, 2), (70, 2))], {0, 1, 255}), ([STROKE('area', 2, (10, 10), (40, 10), (40, 40)), STROKE('line', 1, (60, 50))], {0, 1, 2}), ([STROKE('box', 1, (1, 2), (9, 9))], None), ([], None)])
+def test_strokes(strokes, values):
+    from cdfss.annotate import strokes_to_boxes, strokes_to_mask
+    mask = strokes_to_mask(strokes, (W, H))
+    assert (mask is None) == (values is None) and (mask is None or set(np.unique(mask)) == values and mask.shape == (H, W))
+    assert strokes_to_boxes(strokes) == ([(1, 2, 9, 9, 1)] if strokes and strokes[0]['tool'] == 'box' else None)
+
+def test_the_board(folder):
+    from cdfss.annotate import Board
+    b = Board(options(folder))
+    b.keep.click(); assert 'nothing is segmented yet' in b.note.value
+    b.go.click(); assert 'nothing is drawn yet' in b.note.value
+    b.upload.value = [dict(name='bad.png', type='image/png', size=4, content=memoryview(b'text'), last_modified=THEN)]
+    assert 'bad.png: not a picture' in b.note.value and len(b.pictures) == 4
+    b.upload.value = [dict(name='up.png', type='image/png', size=4, content=memoryview((folder/'queries'/'q.png').read_bytes()), last_modified=THEN)]
+    assert list(b.pictures)[-1] == 'up.png' and b.which.value == '0.png'
+    cx, cy = np.argwhere(SHOWN[0][1] == 1).mean(0)[::-1]
+    b.sent.value = json.dumps([STROKE('line', 1, (cx - 5, cy), (cx + 5, cy)), STROKE('line', 0, (40, 4), (40, 56))])
+    b.which.value = '1.png'
+    assert b.sent.value == '' and 'data-strokes="[]"' in b.canvas.value
+    b.sent.value = json.dumps([STROKE('box', 1, (6, 16), (34, 44))])
+    b.go.click()
+    assert 'on 2 drawn pictures' in b.note.value and [r.name for r in b.results] == ['0.png', '1.png', '2.png', '3.png', 'up.png'] and np.array_equal(b.results[3].mask, b.results[4].mask)
+    b.keep.click()
+    assert sorted(p.name for p in (folder/'out').iterdir()) == ['0.png', '1.png', '2.png', '3.png', 'annotations.json', 'fitted.safetensors', 'up.png']
+    b.which.value = '0.png'; b.clear.click(); b.which.value = '1.png'; b.clear.click(); b.go.click()
+    assert 'nothing is drawn yet' in b.note.value
+
+# ---- the trial on real pictures ---------------------------------------------------------------------------------------------
+def test_the_trial_counts_what_predict_says(folder):
+    from cdfss.use.trial import Example, summary, trial
+    for i, (picture, labels) in enumerate((*SHOWN, ASKED)): Image.fromarray((labels == 1)*np.uint8(255)).save(folder/'masks'/f'{i}.png')
+    pool = [Example(f'{i}', folder/'images'/f'{i}.png', folder/'masks'/f'{i}.png', 0, f'{i}') for i in range(4)]
+    segs = {r: load(r, size=64) for r in ('ssp', 'ssp+lcm')}
+    rows = trial(segs, pool, shots=(2,), kinds=('mask', 'scribble'), draws=2, queries=1)
+    assert len(rows) == 2*2*2 and sum(s.encoded for s in segs.values()) <= 4                              # each picture once, for both recipes
+    row = rows[(rows.masks == 'mask') & (rows['shot'] == 2) & (rows.recipe == 'ssp')].iloc[0]
+    shown, asked = [int(i) for i in row.supports.split(';')], int(row['query'])
+    every = [*SHOWN, ASKED]
+    r = load('ssp', size=64).fit([every[i][0] for i in shown], [(every[i][1] == 1)*1 for i in shown]).predict(every[asked][0])
+    truth = every[asked][1] == 1
+    assert [row.tp, row.fp, row.fn, row.tn] == [((r.mask > 0) & truth).sum(), ((r.mask > 0) & ~truth).sum(), (~(r.mask > 0) & truth).sum(), (~(r.mask > 0) & ~truth).sum()]
+    table = summary(rows)
+    assert len(table) == 2*2 and set(table.draws) == {2} and table[table.masks == 'scribble'].marked.max() < .5 < table[table.masks == 'mask'].marked.min()
+
+@pytest.mark.real
+def test_the_trial_reads_the_real_domains(real_data):
+    from cdfss.use.trial import DOMAINS, examples
+    sizes = {name: len(examples(d, real_data)[0]) for name, d in DOMAINS.items()}
+    assert sizes == dict(lesions=600, lungs=120, polyps=5, cells=80, cracks=118, cars=40)

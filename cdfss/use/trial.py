@@ -154,8 +154,8 @@ class TrialOptions(Options):
     others:str         = option('prototype,ssp', "recipes that are shown masks only, comma separated")
     shots:str          = option('1,5', "supports a class, comma separated")
     draws:int          = option(5, "draws of supports and queries", low=2)
-    queries:int        = option(12, "queries a class and draw, at most", low=1)
-    pool:int           = option(60, "pictures of a domain to draw from, at most", low=4)
+    queries:int        = option(8, "queries a class and draw, at most", low=1)
+    pool:int           = option(48, "pictures of a domain to draw from, at most", low=4)
     out:str            = option('figures', "folder for own_images.csv and own_images_runs.txt")
 
 def parse_backbone(text:str) -> dict:
