@@ -144,8 +144,7 @@ def isic(miniature):
     data = open_dataset('isic', miniature)
     return ImageStore(data, 64), {k: draw('balanced', data, k, episodes=5) for k in (1, 2)}
 
-@pytest.mark.parametrize('recipe', ['ssp', 'prototype', 'ssp+lcm', 'hsl'])
-@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('recipe,k', [('ssp', 1), ('prototype', 2), ('ssp+lcm', 1), ('hsl', 2)])
 def test_stored_features_give_what_the_whole_pass_gives(isic, recipe, k):
     store, manifest = isic[0], isic[1][k]
     base = recipe if recipe == 'prototype' else 'ssp'
