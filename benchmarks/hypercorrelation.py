@@ -6,7 +6,7 @@ store, a level is read in blocks where the support's mask is, and convolutions o
 encode and compare, processor seconds (of all threads; other work on the machine stretches them least), the ratios, peak memory, the largest difference of the scores
 and the pixels that differ. Random weights answer one class everywhere; a constant on the last bias makes `FOREGROUND` of the plain way's pixels foreground.
 
-    python benchmarks/hypercorrelation.py                           ResNet-50, 400 px, 5 shots, random weights, episodes of the miniature's ISIC, an image drawn three times
+    python benchmarks/hypercorrelation.py                           ResNet-50, 400 px, 5 shots, random weights, episodes of the miniature's ISIC, an image drawn 2.3 times
     python benchmarks/hypercorrelation.py --images 0                no image is drawn twice
     python benchmarks/hypercorrelation.py --method patnet           PATNet: the plain way forms its map over all channels
     python benchmarks/hypercorrelation.py --data-root DIR --checkpoint FILE
@@ -32,8 +32,8 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--method', default='hsnet', choices=('hsnet', 'patnet')); p.add_argument('--backbone', default='resnet50'); p.add_argument('--checkpoint', default='')
     p.add_argument('--data-root', default=None); p.add_argument('--data', default='isic'); p.add_argument('--size', type=int, default=400)
-    p.add_argument('--shots', type=int, default=5); p.add_argument('--episodes', type=int, default=6)
-    p.add_argument('--images', type=int, default=12, help='to draw the episodes from; 0: all'); p.add_argument('--part', default='', help=argparse.SUPPRESS)
+    p.add_argument('--shots', type=int, default=5); p.add_argument('--episodes', type=int, default=8)
+    p.add_argument('--images', type=int, default=21, help='to draw the episodes from; 0: all'); p.add_argument('--part', default='', help=argparse.SUPPRESS)
     return p.parse_args()
 
 def plain_pivot(conv, x):

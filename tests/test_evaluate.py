@@ -2,15 +2,19 @@
 import dataclasses
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest, torch
+import torch.nn.functional as F
+from cdfss.basics import InputError
 from cdfss.data.images import ImageStore, collate
 from cdfss.data.layouts import open_dataset
-from cdfss.data.manifests import draw
+from cdfss.data.manifests import Manifest, draw
 from cdfss.engine.evaluate import FeatureStore, evaluate, lasting_features, needed_stages, predict
 from cdfss.engine.fit import FitOptions, fit
-from cdfss.engine.metrics import COUNTS, confusion
+from cdfss.engine.metrics import COUNTS, class_miou, confusion, paired_bootstrap
 from cdfss.methods.seams import MODULES, Module, build
 from episodes import backbone, segmenter
+from fakes import blob, picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZE = 64
@@ -56,6 +60,43 @@ def test_counts_are_those_of_single_episodes(plain, methods, store, manifests, s
     assert plain[shot].tp.sum() > 0 and plain[shot][plain[shot].method == 'ssp'].tp.tolist() != plain[shot][plain[shot].method == 'prototype'].tp.tolist()
     assert (plain[shot][list(COUNTS)].sum(axis=1) == SIZE*SIZE).all()
     pd.testing.assert_frame_equal(rows(evaluate(methods, store, manifests[shot], epoch=3)), plain[shot])
+
+@pytest.mark.parametrize('recipe', ['ssp', 'hdmnet', 'ssp+pcmt'])
+def test_native_counts_are_those_of_a_plain_loop(tmp_path, recipe):
+    "Wide and high images of several sizes; the scores on the padded square are resized to a square of the longer side and cut."
+    for i, size in enumerate([(80, 60), (60, 80), (90, 40), (64, 64), (50, 100)]):
+        picture(tmp_path/f'Kvasir-SEG/images/{i}.jpg', i, size)
+        blob(tmp_path/f'Kvasir-SEG/masks/{i}.png', i, size)
+    d = open_dataset('kvasir', tmp_path)
+    store, s = ImageStore(d, SIZE, cache=tmp_path/'cache', pad=True), segmenter(recipe)
+    manifest = dataclasses.replace(draw('exhaustive', d, 1, episodes=5), eval_size='native')
+    found = evaluate({'m': s}, store, manifest, epoch=0, batch=2)
+    for row, (q, supports, _) in zip(found.itertuples(), manifest.episodes):
+        truth = np.asarray(PIL.Image.open(d.items[q].mask)) >= 128
+        h, w = truth.shape
+        with torch.no_grad(): p = s(collate(store, [(q, supports, 0)], s.backbone.mean, s.backbone.std))
+        shown = torch.stack([~p.mask, p.mask], 1).float() if recipe.endswith('pcmt') else p.scores
+        guess = F.interpolate(shown, (max(h, w),)*2, mode='bilinear', align_corners=True)[0].argmax(0)[:h, :w].bool().numpy()
+        assert (row.tp, row.fp, row.fn, row.tn) == ((guess & truth).sum(), (guess & ~truth).sum(), (~guess & truth).sum(), (~guess & ~truth).sum())
+    assert set(found.eval_size) == {'native'} and found[list(COUNTS)].sum(axis=1).tolist() == [80*60, 60*80, 90*40, 64*64, 50*100]
+
+def test_sizes_of_counting_do_not_mix(methods, store, manifests):
+    working = manifests[1]
+    native = dataclasses.replace(working, eval_size='native')
+    padded = ImageStore(store.dataset, SIZE, cache=store.folder.parent, pad=True)
+    for s, m in ((store, native), (padded, working)):
+        with pytest.raises(InputError, match=f'eval_size={m.eval_size}: its images are'): evaluate(methods, s, m, epoch=0)
+    a, b = (evaluate({'ssp': methods['ssp']}, s, dataclasses.replace(m, episodes=m.episodes[:3], ids=m.ids[:3]), epoch=0) for s, m in ((store, working), (padded, native)))
+    with pytest.raises(InputError, match='mixes eval_size nan, native'): class_miou(pd.concat([a, b]))
+    with pytest.raises(InputError, match='the first table of episodes lacks eval_size'): paired_bootstrap(a, b)
+    assert working.hash != native.hash and native.first(1).eval_size == 'native'
+
+def test_a_manifest_remembers_where_it_is_counted(manifests, tmp_path):
+    native = dataclasses.replace(manifests[1], eval_size='native')
+    for m in (manifests[1], native):
+        again = Manifest.load(m.save(tmp_path/'m.json'), m.opened)
+        assert (again.eval_size, again.hash) == (m.eval_size, m.hash)
+    assert 'eval_size' not in manifests[1].to_json()                                       # hashes of before stay
 
 @pytest.mark.parametrize('how', [dict(batch=1), dict(batch=3), dict(batch=16), dict(block=7), dict(block=7, batch=3), dict(block=1), dict(batch=999)])
 @pytest.mark.parametrize('shot', [1, 5])

@@ -7,9 +7,12 @@ from cdfss.basics import InputError
 from cdfss.data import folds
 from cdfss.data.folds import BAM_AREA, base_labels, without_novel
 from cdfss.data.layouts import FOLD_RULES, FOLDS, VOID, fold_classes, open_dataset
-from cdfss.engine.protocols import PROTOCOLS
+from cdfss.data.manifests import draw
+from cdfss.engine.metrics import COUNTS
+from cdfss.engine.protocols import PROTOCOLS, compare
 from cdfss.engine import train as module
 from cdfss.engine.train import TrainSettings, open_run, prepare, resolve
+from cdfss.report import tables
 
 @pytest.mark.parametrize('how', FOLD_RULES)
 @pytest.mark.parametrize('n', [15, 20, 80])
@@ -100,6 +103,41 @@ def test_a_run_without_a_fold_keeps_its_folder(monkeypatch):
     monkeypatch.setattr(module, 'run_hash', lambda settings: str(hashed.append(settings)))
     for one in (s, dataclasses.replace(s, fold=None)): open_run(one, data)
     assert hashed[0]['fold'] == 0 and hashed[1] == {k: v for k, v in hashed[0].items() if k != 'fold'}
+
+@pytest.mark.parametrize('protocol,given,size,area', [('pascal-5i', None, 'working', 1), ('pascal-5i-dropped', None, 'native', 1), ('pascal-5i', 'native', 'native', 1)])
+def test_where_a_protocol_counts(protocol, given, size, area):
+    s = folded(protocol=protocol, eval_size=given)
+    assert (s.eval_size, s.min_area) == (size, area) and resolve(s) == s
+    data = prepare(s)
+    assert {m.eval_size for m in (*data.manifests.values(), *data.followed.values())} == {size}
+    assert {store.pad for store in (data.source, data.validation, *data.targets.values())} == {size == 'native'}
+
+def test_where_it_is_counted_decides_the_folder_and_the_tables(tmp_path):
+    few = dict(epochs=0, track='none', samples=0, runs=str(tmp_path))
+    a, b = (module.train(folded(eval_size=e, **few), say=lambda line: None) for e in ('working', 'native'))
+    assert a.path != b.path and (a.counted, b.counted) == ('96 px', 'native') and set(b.episodes.eval_size) == {'native'} and 'eval_size' not in a.episodes
+    assert a.episodes[list(COUNTS)].equals(b.episodes[list(COUNTS)])                       # the miniature's pictures have 96 pixels: the same, said otherwise
+    with pytest.raises(InputError, match='rows of different counting sizes do not belong in one table'): tables.wide(tables.results([a.path, b.path]))
+    with pytest.raises(InputError, match='was counted at 96 px, .* at native'): compare(a, b)
+    assert 'Protocol pascal-5i, counted at native' in tables.wide(tables.results([b.path])).attrs['caption']
+    with pytest.raises(InputError, match='its answers are counted at native size; give eval_size=native'):
+        prepare(resolve(TrainSettings(method='ssp', weights='none', manifest=str(given_at(tmp_path/'m')))))
+
+def given_at(folder):
+    isic = open_dataset('isic', module.miniature_root())
+    dataclasses.replace(draw('patnet', isic, 1, episodes=3), eval_size='native').save(folder/'isic.json')
+    return folder
+
+def test_area_of_the_lists_on_real_data(tmp_path):
+    assert folded(protocol='pascal-5i-dropped', data_root=str(tmp_path), backbone='miniature').min_area == BAM_AREA
+    assert folded(protocol='pascal-5i-dropped', data_root=str(tmp_path), backbone='miniature', min_area=9).min_area == 9
+
+def test_queries_go_image_by_image(coco):
+    d = open_dataset('coco', coco, 'trn')
+    m = draw('bam', dataclasses.replace(d, items=[it for _ in range(1) for it in (*d.items, *[dataclasses.replace(it, id='x' + it.id, image=it.image.with_name('x' + it.image.name)) for it in d.items])]), 1, episodes=60)
+    images = [ids[0] for ids in m.ids]
+    assert len(set(images[:6])) == 6 and images[6:12] == images[:6]                              # each image once, then again
+    assert {c for ids, (_, _, c) in zip(m.ids, m.episodes) if ids[0].endswith('/b.jpg')} == {1, 4}           # either of its classes
 
 def test_a_run_of_a_fold_is_whole(tmp_path):
     "Its target carries the fold in its name from the first epoch to the results."

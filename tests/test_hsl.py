@@ -221,6 +221,30 @@ def test_augmentation_moves_images_masks_and_maps_together():
     a, b = augmented(e, 3), augmented(e, 3)
     assert torch.equal(a.query, b.query) and torch.equal(a.support, b.support)
 
+def test_cropping_moves_images_masks_and_maps_together():
+    e = episode(3, 2, 96, void=False)
+    sign = lambda m: 2*m.float()[..., None, :, :].expand(*m.shape[:-2], 3, *m.shape[-2:]) - 1                   # 0, the mean, is neither
+    e = dataclasses.replace(e, query=sign(e.query_mask), support=sign(e.support_masks), extras={'grid-96': e.query_mask[:, None].expand(-1, 3, -1, -1).to(torch.int16).clone()}, support_ignore=None)
+    e.extras['grid-96'][:, 1:] = e.support_masks
+    out = augmented(e, rule='sccan', blur=0.)
+    for images, masks, void, maps in ((out.query, out.query_mask, out.ignore, out.extras['grid-96'][:, 0]), (out.support, out.support_masks, out.support_ignore, out.extras['grid-96'][:, 1:])):
+        assert ((images[..., 0, :, :] > 0) == masks)[~void].float().mean() > .985 and not (masks & void).any() and (images[..., 0, :, :][void].abs() < .6).float().mean() > .9
+        assert torch.equal(maps == 1, masks) and torch.equal(maps == 2, void) and maps.dtype == torch.int16      # beyond the image: a region of its own
+    assert out.ignore.any() and out.query.shape == e.query.shape and not torch.equal(out.query_mask, e.query_mask)
+    a, b = augmented(e, 3, rule='sccan'), augmented(e, 3, rule='sccan')
+    assert torch.equal(a.query, b.query) and torch.equal(a.support_ignore, b.support_ignore)
+
+def test_cropping_at_nothing_and_its_ranges():
+    e, still = episode(2, 1, 64), dict(rule='sccan', scale=0., turn=0., blur=0.)
+    out = augmented(e, **still, flip=0.)
+    assert torch.equal(out.query, e.query) and torch.equal(out.query_mask, e.query_mask & ~e.ignore) and torch.equal(out.ignore, e.ignore) and torch.equal(out.extras['slic-5'][:, :, ::8, ::8], resize_labels(e.extras['slic-5'], (64, 64))[:, :, ::8, ::8])
+    assert torch.equal(augmented(e, **still, flip=1.).support, e.support.flip(-1))
+    whole = dataclasses.replace(e, query_mask=torch.ones_like(e.query_mask), support_masks=torch.ones_like(e.support_masks), ignore=None, support_ignore=None, extras={})
+    def sides(domain):
+        seen = [augmented(dataclasses.replace(whole, domain=domain), s, rule='sccan', turn=0.).query_mask.float().amax(-1).sum(-1) for s in range(60)]
+        return torch.cat(seen)/64
+    assert .88 < sides('voc').min() < .93 and .79 < sides('coco').min() < .84                                  # the smallest picture within the square
+
 @pytest.mark.parametrize('o,same', [(dict(p=0.), True), (dict(scale=0., turn=0., blur=0., flip=0.), True), (dict(scale=0., turn=0., blur=1., flip=0.), False), (dict(scale=0., turn=0., blur=0., flip=1.), False)])
 def test_augmentation_at_nothing(o, same):
     e = episode(1, 1)

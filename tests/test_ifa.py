@@ -5,7 +5,7 @@ from cdfss.basics import InputError
 from cdfss.data.guard import Ledger
 from cdfss.data.images import ImageStore
 from cdfss.data.layouts import open_dataset
-from cdfss.engine.adapt import AdaptOptions, Tuner, draw_pools, tune_together
+from cdfss.engine.adapt import AdaptOptions, Tuner, draw_pools, read_supports, tune_together
 from cdfss.engine.evaluate import predict
 from cdfss.methods.ifa import IFA, IFAOptions, augmented, back, step
 from episodes import backbone, episode, segmenter
@@ -117,6 +117,16 @@ def test_no_query_is_answered_by_weights_that_saw_it(store):
     before = len(read)
     again = t(seg, store, asked[1:])
     assert len(read) == before and torch.equal(again[n][0], values[n][1])                  # tuned once for the whole target
+
+def test_tuning_on_a_pool_goes_round_the_whole_chain(store):
+    asked, found = [(0, (1,), 0)], {}
+    for rounds in (1, 3): found[rounds] = tuner()(segmenter('ifa', {'ifa_rounds': rounds}), store, asked)
+    assert all(not torch.equal(found[1][n], found[3][n]) for n in found[1])
+
+def test_reading_supports_leaves_the_phase_as_it_is(store):
+    seg = adapting(segmenter('ifa'))
+    read_supports(store, [(0,)], Ledger(on=False), seg)
+    assert seg.phase == 'adapt'
 
 def test_tuned_weights_do_not_depend_on_order_or_batch(store):
     asked = [(p, ((p + 1) % 9,), 0) for p in range(9)]

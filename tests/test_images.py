@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from cdfss.basics import InputError
 from cdfss.data import images as images_module
-from cdfss.data.images import ImageStore, collate, decode_image, decode_mask, to_input
+from cdfss.data.images import ImageStore, collate, decode_image, decode_mask, fitted, to_input
 from cdfss.data.layouts import open_dataset
 from fakes import blob, label, picture, polyps, voc
 
@@ -23,7 +23,7 @@ def plain_mask(path, s, index=False):
     "As HSNet: threshold at native size, then F.interpolate of floats."
     m = torch.from_numpy(np.array(Image.open(path) if index else Image.open(path).convert('L')))
     if not index: m = (m >= 128)
-    return F.interpolate(m[None, None].float(), (s, s), mode='nearest')[0, 0]
+    return F.interpolate(m[None, None].float(), s, mode='nearest')[0, 0]
 
 # ---- the same pixels as the plain way ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize('size', [16, 33, 64])
@@ -56,6 +56,32 @@ def test_nearest_is_the_floor_rule_of_torch(tmp_path_factory, h, w, s, seed):
     for index in (False, True):
         got = torch.from_numpy(decode_mask(path, s, index)[1]).float()
         assert torch.equal(got, plain_mask(path, s, index))
+
+# ---- images with their aspect, and masks at their own size -------------------------------------------------------------------
+@pytest.mark.parametrize('h,w,size,want', [(375, 500, 473, (352, 472)), (500, 333, 473, (472, 312)), (500, 500, 473, (472, 472)), (96, 96, 96, (96, 96)), (10, 400, 64, (8, 64))])
+def test_sides_of_a_padded_image(tmp_path, h, w, size, want):
+    assert fitted(h, w, size, True) == want and fitted(h, w, size, False) == (size, size)
+    Image.fromarray(np.full((h, w, 3), 200, np.uint8)).save(tmp_path/'i.png')
+    image = decode_image(tmp_path/'i.png', size, pad=True)[1]
+    assert (image[:, :want[0], :want[1]] == 200).all() and image.sum() == 3*200*want[0]*want[1]           # the rest is black
+
+@pytest.mark.parametrize('index', [False, True])
+def test_padded_masks_and_native_masks(tmp_path, index):
+    d = open_dataset('voc', voc(tmp_path, {'a': [1, 2], 'b': [1]}, val=[])) if index else open_dataset('kvasir', polyps(tmp_path, 2))
+    store, plain = ImageStore(d, 24, pad=True), ImageStore(d, 24)
+    assert store.ensure() == [] and store.key(0) != plain.key(0)
+    for i, it in enumerate(d.items):
+        inside = np.s_[:16, :24]                                                                          # 30 x 40, so 18 rows, rounded down
+        (fg, void), values = store.mask(i), plain_mask(it.mask, (16, 24), index)
+        assert torch.equal(fg[inside], values == (it.cls + 1 if index else 1)) and torch.equal(void[inside], values == 255)
+        assert void[16:].all() and not fg[16:].any()
+        native = np.asarray(Image.open(it.mask))
+        fg, void = store.native(i)
+        assert np.array_equal(fg, native == it.cls + 1 if index else native >= 128) and np.array_equal(void, native == 255) == index
+        assert all(torch.equal(a, b) for a, b in zip(plain.native(i), (fg, void)))                        # one record for all sizes
+    record = store._record(f'native {store._mask_kind}', d.items[0].mask)
+    record.write_bytes(record.read_bytes()[:-1])
+    assert torch.equal(store.native(0)[0], ImageStore(d, 8).native(0)[0])                                 # a torn record is made again
 
 @pytest.mark.parametrize('value,kept', [(127, 0), (128, 1)])
 def test_threshold_at_128(tmp_path, value, kept):

@@ -82,7 +82,7 @@ def run(tmp_path):
     frame = pd.DataFrame(dict(target=np.repeat(['isic', 'chest'], n//2), shot=1, method='ssp+lem', cls=np.arange(n) % 3, tp=rng.integers(400, 900, n), fp=rng.integers(0, 300, n),
                               fn=rng.integers(0, 400, n), tn=8000))
     r.write_frame('episodes.parquet', pd.concat([frame, frame.assign(method='ssp', tp=0)]))
-    write_json(r.path/'params.json', dict(method='ssp+lem', backbone='miniature', data_root=None))
+    write_json(r.path/'params.json', dict(method='ssp+lem', backbone='miniature', data_root=None, size=96))
     write_json(r.path/'env.json', dict(commit='0123456789abcdef', dirty=True))
     write_json(r.path/'metrics.json', dict(protocol='patnet', seed=3, epoch=6, results=[]))
     return r
@@ -96,7 +96,7 @@ def file(tmp_path):
 def test_append(run, file, board):
     b = append(run, file)
     own = b[b['run'] == run.path.name].set_index('target')
-    assert len(b) == len(board) + 3 and b[:len(board)].equals(board) and set(own['family']) == {'own: patnet on the miniature'} and set(own['method']) == {'ssp+lem'}
+    assert len(b) == len(board) + 3 and b[:len(board)].equals(board) and set(own['family']) == {'own: patnet on the miniature, counted at 96 px'} and set(own['method']) == {'ssp+lem'}
     f = run.episodes.query('method == "ssp+lem"')
     parts = [f[f.target == t] for t in ('isic', 'chest')]
     assert tuple(own.loc['isic', ['value', 'low', 'high']]) == pytest.approx(bootstrap(parts[0]), abs=.006)
@@ -117,10 +117,14 @@ def test_runs_gather_beside_their_folders(run, board, tmp_path):
 
 def test_own_runs_are_not_ranked_with_published_ones(run, file):
     b = append(run, file)
-    with pytest.raises(InputError, match='own: patnet on the miniature: runs of this project'): table(b[b.family.isin(['A', 'own: patnet on the miniature'])])
+    with pytest.raises(InputError, match='own: patnet on the miniature, counted at 96 px: runs of this project'): table(b[b.family.isin(['A', 'own: patnet on the miniature, counted at 96 px'])])
     as_a = append(run, file, family='A')
     assert 'ssp+lem' in set(table(as_a[as_a.family == 'A'])['method']) and len(as_a) == len(b)
     with pytest.raises(InputError, match='unknown family'): append(run, file, family='D')
+    with pytest.raises(InputError, match="'coco-20i-dropped': its figures are counted at native size, those of .* at working size"): append(run, file, family='coco-20i-dropped')
+    write_json(run.path/'metrics.json', run.metrics | dict(counted='native'))
+    with pytest.raises(InputError, match="'A': its figures are counted at working size"): append(run, file, family='A')
+    assert set(run_rows(run)['family']) == {'own: patnet on the miniature, counted at native'} and len(run_rows(run, 'coco-20i-dropped')) == 3
 
 def test_the_guard_is_marked(run, file):
     write_json(run.path/'metrics.json', run.metrics | dict(guard=dict(on=False, leaks=['x'])))
@@ -131,4 +135,4 @@ def test_headline_metric_of_the_protocol(run):
     write_json(run.path/'metrics.json', run.metrics | dict(protocol='ifa', results=[dict(method='ssp+lem', target='isic', shot=1, ifa_compat=66.3)]))
     rows = run_rows(run)
     (row,) = rows[rows['metric'] == 'ifa_compat'].to_dict('records')
-    assert row['value'] == 66.3 and math.isnan(row['low']) and row['family'] == 'own: ifa on the miniature'
+    assert row['value'] == 66.3 and math.isnan(row['low']) and row['family'] == 'own: ifa on the miniature, counted at 96 px'

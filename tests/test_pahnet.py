@@ -4,7 +4,11 @@ import pytest, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from cdfss.basics import InputError
 from cdfss.data.images import ImageStore
+from cdfss.data.layouts import open_dataset
+from cdfss.engine import fit as fit_module
 from cdfss.engine.evaluate import lasting_features
+from cdfss.engine.fit import FitOptions, fit, optimizers_of
+from cdfss.engine.train import TrainSettings, resolve
 from cdfss.episode import Episode
 from cdfss.methods.pahnet import Enhancement, pool
 from cdfss.methods.seams import build
@@ -12,6 +16,7 @@ from cdfss.models.affinity import Attention
 from cdfss.models.backbones import BackboneOptions, create_backbone
 from cdfss.models.importers import from_official
 from cdfss.models.sccan import WindowAttention
+from cdfss.models.segmenter import BASES
 from episodes import backbone, episode, segmenter
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -68,6 +73,71 @@ def test_stored_features_change_no_loss(recipe):
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     kept = lasting_features(seg, object.__new__(ImageStore), ()) if recipe == 'hdmnet' else ...
     assert (kept is None) == (recipe == 'hdmnet') == (not seg.shares_encoding)                     # HDMNet encodes its supports under their masks
+
+# ---- how the papers train them ------------------------------------------------------------------------------------------------
+def rates(seg, **o):
+    "Parameter name -> optimizer, learning rate, schedule and weight decay at the peak, as `fit` sets them."
+    names = {id(p): n for n, p in seg.named_parameters()}
+    o = FitOptions(optimizer='own', **o)
+    return {names[id(p)]: (type(opt).__name__, round(o.lr*w.factor, 8), w.schedule or o.schedule, group['weight_decay'])
+            for opt, ways in optimizers_of(seg, o) for group, w in zip(opt.param_groups, ways) for p in group['params']}
+
+@pytest.mark.parametrize('recipe', ['sccan', 'sccan+pfe+asc', 'hdmnet', 'pahnet'])
+def test_the_papers_optimizers(recipe):
+    base = recipe.split('+')[0].replace('pahnet', 'hdmnet')
+    seg = segmenter(recipe, {f'{base}_base': 4, f'{base}_shots': 5})
+    o = {k: v for k, v in BASES[base].defaults('real').items() if k in ('lr', 'weight_decay', 'schedule')}
+    found = rates(seg, **o)
+    assert found.keys() == {n for n, p in seg.named_parameters() if p.requires_grad}
+    attention, conv = ('blocks', 'norm', 'extras'), ('SGD', 5e-3, 'poly', 1e-4)
+    for name, how in found.items():
+        if base == 'sccan': want = ('AdamW', 6e-5, 'constant', 1e-2) if name.split('.')[0] in attention else conv
+        elif name.startswith('merge.weigh.') and recipe == 'hdmnet': want = ('AdamW', 0., 'poly', 1e-2)
+        else: want = ('AdamW', 1e-4 if name.split('.')[0] in ('hierarchy', 'extras') else 1e-3, 'poly', 1e-2)
+        assert how == want, name
+    assert len(set(found.values())) == 3 - (base == 'sccan') - (recipe == 'pahnet')
+
+def test_own_groups_where_there_are_none():
+    with pytest.raises(InputError, match='optimizer=own: this base'): optimizers_of(segmenter('ssp'), FitOptions(optimizer='own'))
+
+@pytest.mark.parametrize('recipe', ['sccan', 'pahnet'])
+def test_own_groups_train_and_resume(recipe, miniature, tmp_path, monkeypatch):
+    "Stopped inside the second epoch and continued from the file, the weights are those of an uninterrupted run to the bit; the attention's rate follows its own schedule."
+    store, o = ImageStore(open_dataset('voc', miniature, 'trn'), 48), FitOptions(epochs=2, fit_episodes=8, batch=4, optimizer='own', lr=5e-3, schedule='poly', weight_decay=1e-4)
+    straight, broken = (segmenter(recipe) for _ in range(2))
+    before = {n: p.clone() for n, p in straight.named_parameters()}
+    list(fit(straight, store, o, seed=0))
+    assert all(not torch.equal(p, before[n]) for n, p in straight.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0)
+    calls, real = [], fit_module.collate
+    def collate(*a, **kw):
+        if len(calls) == 3: raise KeyboardInterrupt
+        calls.append(1)
+        return real(*a, **kw)
+    monkeypatch.setattr(fit_module, 'collate', collate)
+    with pytest.raises(KeyboardInterrupt): list(fit(broken, store, o, seed=0, state_file=tmp_path/'s', save_every=0.))
+    monkeypatch.undo()
+    again = segmenter(recipe)
+    rows = list(fit(again, store, o, seed=0, state_file=tmp_path/'s'))
+    assert len(rows) == 2 and all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), again.state_dict().values()))
+
+def test_real_data_follows_the_papers(tmp_path):
+    real = dict(data_root=str(tmp_path), backbone='miniature')
+    s, h, m, e = (resolve(TrainSettings(**kw)) for kw in (dict(method='sccan', **real), dict(method='pahnet', **real), dict(method='sccan'), dict(method='sccan', epochs=0, **real)))
+    assert (s.method, s.augment_rule, s.optimizer, s.lr, s.weight_decay, s.batch, s.schedule) == ('sccan+augment', 'sccan', 'own', 5e-3, 1e-4, 8, 'poly') and resolve(s) == s
+    assert (h.method, h.optimizer, h.lr, h.weight_decay, h.batch) == ('hdmnet+pfe+asc+augment', 'own', 1e-4, 1e-2, 4)
+    assert (m.method, m.optimizer, m.augment) == ('sccan', 'adamw', 'none') and e.method == 'sccan'              # the miniature's own; nothing trains
+    assert resolve(TrainSettings(method='sccan', augment='none', **real)).method == 'sccan' and resolve(TrainSettings(method='ssp+augment')).augment_rule == 'hsl'
+
+# ---- the papers' other backbones -----------------------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize('name,stride', [('vgg16', 32), ('resnet101', 8)])
+def test_other_backbones(name, stride):
+    net = create_backbone(BackboneOptions(backbone=name, weights='none', last_stage='last', output_stride=stride, freeze='all', last_relu=True))
+    e = episode(1, 1, 65)
+    for recipe in ('sccan', 'hdmnet', 'pahnet'):
+        seg = build(recipe, net, dict(sccan_blocks=2)).eval()
+        scores = seg(e).scores
+        assert seg.dim == 256 and scores.shape == (1, 2, 65, 65) and scores.isfinite().all()
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('recipe,values,reason', [

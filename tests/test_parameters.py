@@ -167,7 +167,7 @@ def test_everything_else_changes_the_name(base):
     other = dict(method='ssp', seed=1, source='chest', targets='chest', size=64, on_error='skip', min_area=2, shots='5', protocol='balanced', test_seed=1, test_episodes=7,
                  track='none', track_episodes=7, compare=False, samples=1, epochs=2, fit_episodes=9, batch=4, fit_shot=2, lr=.1, schedule='poly', momentum=.5,
                  weight_decay=0.0, border='background', precision='bf16', backbone='resnet18', last_stage='stage2', output_stride=16, last_relu=True, pixels='half',
-                 freeze='stem', bn='eval', guard=False, optimizer='adam', keep_epochs=True)
+                 freeze='stem', bn='eval', guard=False, optimizer='adam', keep_epochs=True, eval_size='native', augment='hsl')
     tuning = dict(adapt_steps=3, adapt_lr=.5, adapt_optimizer='sgd')
     skipped = {*train_module.NOT_HASHED, *method_options(), *tuning, 'fold'}                       # of a fold: tests/test_folds.py
     assert set(other) == {f.name for f in dataclasses.fields(TrainSettings)} - skipped, 'a new parameter: say here how it changes the name'

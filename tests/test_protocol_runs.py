@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 quiet = dict(say=lambda line: None)
 
 def settings(miniature, runs, **kw):
-    return TrainSettings(**(dict(method='prototype', data_root=str(miniature), backbone='miniature', weights='none', size=48, epochs=0, track='none', samples=0, shots='1',
+    return TrainSettings(**(dict(method='prototype', data_root=miniature and str(miniature), backbone='miniature', weights='none', size=48, epochs=0, track='none', samples=0, shots='1',
                                  targets='isic,chest', test_episodes=30, track_episodes=6, runs=str(runs)) | kw))
 
 def test_a_manifest_file_gives_exactly_its_episodes(miniature, tmp_path):
@@ -59,3 +59,16 @@ def test_house_rules_nest_their_shots(miniature, tmp_path):
     for kw, nests in ((dict(protocol='balanced'), True), (dict(), False), (dict(nest=True), True), (dict(protocol='balanced', nest=False), False)):
         one, five = (drawn(**kw)['isic', k] for k in (1, 5))
         assert (one.episodes == [(q, s[:1], c) for q, s, c in five.episodes]) == nests
+
+def test_the_affinity_learners_cross_domains(tmp_path):
+    "Trained on all classes of the source, they are asked about the four targets like any other method."
+    how = dict(data_root=None, targets='fss,deepglobe,isic,chest', epochs=1, fit_episodes=8, test_episodes=3, track_episodes=3, sccan_blocks=2)
+    data, tables_of = prepare(resolve(settings(None, tmp_path, **how))), {}
+    for method in ('sccan', 'hdmnet', 'pahnet'):
+        run = train(settings(None, tmp_path, **how | dict(method=method)), data, **quiet)
+        assert run.metrics['protocol'] == 'patnet' and run.params['fold'] is None and len(data.source.dataset.by_class) == 15
+        assert {(r['target'], r['shot'], r['episodes']) for r in run.metrics['results']} == {(t, 1, 3) for t in ('fss', 'deepglobe', 'isic', 'chest')}
+        assert run.history['loss'].iloc[-1] > 0 and run.episodes[['tp', 'fp', 'fn', 'tn']].sum(axis=1).gt(0).all()
+        tables_of[method] = run.path
+    both = tables.wide(tables.results(tables_of.values()))
+    assert list(both.index) == ['sccan', 'hdmnet', 'hdmnet+pfe+asc'] and 'mean 1-shot' in both                     # on the same episodes, so in one table

@@ -50,7 +50,7 @@ def open_subject(what:str|Path, **settings) -> Subject:
     Raises `InputError` for a name that is neither, and for data that cannot be used."""
     run = Run(what) if (Path(what)/'params.json').exists() else None
     if run is None and (Path(what).is_dir() or '/' in str(what)): raise InputError(f"{what}: no params.json there: give a run folder, or a recipe like ssp+lcm")
-    own = {**still_known(run.params['method'], run.params), 'weights': 'none', 'device': 'auto'} if run else dict(method=str(what), epochs=0)
+    own = {'eval_size': 'working', **still_known(run.params['method'], run.params), 'weights': 'none', 'device': 'auto'} if run else dict(method=str(what), epochs=0)
     s = resolve(TrainSettings.make({**own, **settings}))
     data = prepare(s)
     segmenter = (load_segmenter(run) if run else segmenter_of(s)).to(s.device).eval()

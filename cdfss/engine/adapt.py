@@ -49,10 +49,11 @@ def with_parameters(segmenter:Segmenter, values:dict[str, Tensor], method:str, *
 
 @contextlib.contextmanager
 def adapting(segmenter:Segmenter):
-    "The segmenter in its `adapt` phase, in eval mode."
+    "The segmenter in its `adapt` phase, in eval mode; within another such block it stays in it afterwards."
+    was = segmenter.adapting, segmenter.turn
     segmenter.eval().adapting = True
     try: yield segmenter
-    finally: segmenter.adapting, segmenter.turn = False, 0
+    finally: segmenter.adapting, segmenter.turn = was
 
 OPTIMIZERS = dict(adam=lambda p, t: torch.optim.Adam(p, lr=t.lr, fused=True), sgd=lambda p, t: torch.optim.SGD(p, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay))
 

@@ -27,7 +27,7 @@ def confusion(mask:Bool[Tensor, "b h w"], target:Bool[Tensor, "b h w"], ignore:B
 
 # %% ../../nbs/engine/31_metrics.ipynb #fae07bd1
 COUNTS = ('tp', 'fp', 'fn', 'tn')
-_ONE_OF_EACH = ('target', 'shot', 'method', 'epoch', 'seed')
+_ONE_OF_EACH = ('target', 'shot', 'method', 'epoch', 'seed', 'eval_size')
 
 def to_frame(counts:Int[Tensor, "n 4"], cls:Int[Tensor, "n"], **columns) -> pd.DataFrame:
     "The table of episodes from `confusion`'s counts, the classes, and any more columns."
@@ -150,7 +150,7 @@ def _episode_keys(frame:pd.DataFrame, columns:Sequence[str]) -> list[tuple]:
 def _paired(frame_a:pd.DataFrame, frame_b:pd.DataFrame, metric:str, draws:int, seed:int) -> tuple[float, Float[np.ndarray, "draws"]]:
     "The difference B - A, and that of each resample."
     of = _from_sums(metric)
-    identity = ('target', 'shot', 'index', 'query', 'supports', 'cls')
+    identity = ('target', 'shot', 'index', 'query', 'supports', 'cls', 'eval_size')
     columns = [c for c in identity if c in frame_a or c in frame_b]
     for name, f in (('first', frame_a), ('second', frame_b)):
         lacking = [c for c in columns if c not in f]

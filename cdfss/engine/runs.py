@@ -84,6 +84,11 @@ class Run:
     @property
     def env(self) -> dict: return self.json('env')
     @property
+    def counted(self) -> str:
+        "At which size its answers were compared with the masks: native, or the working size, e.g. 96 px."
+        size = self.params.get('size')
+        return self.metrics.get('counted') or (f'{size} px' if size else 'a size not recorded')
+    @property
     def history(self) -> pd.DataFrame: return pd.read_csv(self.path/'history.csv')
     @property
     def episodes(self) -> pd.DataFrame: return pd.read_parquet(self.path/'episodes.parquet')

@@ -45,10 +45,11 @@ class RunOptions(Options):
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
     size:int|None          = option(None, "working resolution in pixels; left open, a ViT's is a multiple of its patch, and on real data at least what it was trained at", low=32)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
-    min_area:int           = option(1, "least area of a class in a source image, native pixels (SSP's and BAM's rule: 2048)", low=1)
+    min_area:int|None      = option(None, "least area of a class in a source image, native pixels; SSP's and BAM's rule: 2048 (None: 1; the -dropped protocols: 2048 on real data)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
     protocol:str           = option('patnet', "named protocol: test splits, episode rule and counts (nbs/protocols.ipynb)", choices=PROTOCOLS)
     fold:int|None          = option(None, "with pascal-5i and coco-20i: the fold, 0 to 3, whose classes are the target; the others are the source", low=0, high=3)
+    eval_size:str|None     = option(None, "where pixels are counted: working (images squashed to `size` and counted there) or native (aspect kept and padded, counted at each mask's own size) (None: the protocol's; native for the -dropped ones)", choices=('working', 'native'))
     manifest:str|None      = option(None, "episode manifests to use instead: a .json file, a folder of them, or several with commas between")
     nest:bool|None         = option(None, "episodes of fewer shots are those of the most, with the first supports (None: for balanced and exhaustive; the published rules draw anew)")
     guard:bool             = option(True, "stop when an image is query and support at once, or source and target share one; off is recorded")
@@ -63,7 +64,7 @@ class RunOptions(Options):
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
     runs:str               = option('runs', "folder for run folders")
 
-ADDED = dict(keep_epochs=False, fold=None, **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
+ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl', **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
 NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
@@ -134,6 +135,10 @@ def resolve(settings:Options) -> Options:
     left_open, s = s.size is None, dataclasses.replace(s, **{k: v for k, v in given.items() if getattr(s, k) is None})
     if left_open: s = dataclasses.replace(s, size=image_size(s.backbone, s.size, own=s.data_root is not None))
     recipe = parse_recipe(s.method)
+    if s.augment != 'none' and s.epochs and 'augment' not in recipe.modules:
+        s = dataclasses.replace(s, method=f'{recipe}+augment', augment_rule=s.augment_rule or s.augment)
+        recipe = parse_recipe(s.method)
+    if s.augment_rule is None: s = dataclasses.replace(s, augment_rule='sccan' if BASES[recipe.base].attends else 'hsl')
     by_task = any(kind.tuning and kind.tuning.pool == 'task' for kind in (BASES[recipe.base], *(MODULES[m] for m in recipe.modules)))
     if s.data_root is None and s.test_episodes is None and by_task: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
     s = dataclasses.replace(s, **resolve_backbone(part(s, BackboneOptions)).dict())
@@ -143,6 +148,7 @@ def resolve(settings:Options) -> Options:
         raise InputError(f"data_root={s.data_root}: no such folder; give the folder that holds VOC2012, ISIC, ..., or None for the built-in miniature")
     rules = PROTOCOLS[s.protocol]
     rules.split(s.source, s.fold)                                          # refuses a protocol of folds without one, and the other way round
+    s = dataclasses.replace(s, eval_size=s.eval_size or rules.eval_size, min_area=s.min_area or (1 if s.data_root is None else rules.min_area))
     if rules.folds:
         if s.manifest: raise InputError(f"manifest={s.manifest}: episodes of a fold are drawn by protocol={s.protocol}; leave it out")
         s = dataclasses.replace(s, source=rules.targets[0].dataset, targets=f'{rules.targets[0].dataset}-fold{s.fold}')
@@ -206,7 +212,7 @@ def _ready(store:ImageStore, positions=None) -> ImageStore:
     if not problems: return store
     clean = store.dataset.without(store.bad)
     clean.problems = [*store.dataset.problems, *problems]
-    return _ready(ImageStore(clean, store.size, workers=store.workers, on_error=store.on_error))
+    return _ready(ImageStore(clean, store.size, workers=store.workers, on_error=store.on_error, pad=store.pad))
 
 def _used(manifests) -> list[int]: return sorted({p for m in manifests for q, s, _ in m.episodes for p in (q, *s)})
 
@@ -233,7 +239,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     unless `on_error='skip'`, which leaves faulty files out and reports them through `say`."""
     segmenter = segmenter_of(s)                                                   # weights that do not fit are found before files are read
     root = Path(s.data_root) if s.data_root else miniature_root()
-    shots, store = numbers(s.shots, 'shots'), lambda d: ImageStore(d, s.size, workers=s.workers, on_error=s.on_error)
+    shots, store = numbers(s.shots, 'shots'), lambda d: ImageStore(d, s.size, workers=s.workers, on_error=s.on_error, pad=s.eval_size == 'native')
     rules = PROTOCOLS[s.protocol]
     opener = lambda name, split: open_dataset(name, root, split, s.on_error)
     if rules.folds: trn, held, novel = _fold(s, root, rules)
@@ -246,6 +252,9 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     targets, manifests, followed, prints = {}, {}, {}, {}
     tested = lambda name: novel if rules.folds else opener(name, rules.split(name))
     given = load_manifests(s.manifest, opener) if s.manifest else {}
+    for m in given.values():
+        if m.eval_size != s.eval_size: raise InputError(f"manifest={s.manifest}: its answers are counted at {m.eval_size} size; give eval_size={m.eval_size}")
+    sized = lambda m: dataclasses.replace(m, eval_size=s.eval_size)
     for name in dict.fromkeys(n for n, _ in given) if given else names(s.targets):
         if given: drawn = {k: m for (n, k), m in given.items() if n == name}
         candidate = store(next(iter(drawn.values())).opened if given else tested(name))
@@ -253,6 +262,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
             if not given:
                 nest, how = RULES[rules.rule].nests if s.nest is None else s.nest, (s.test_seed, s.test_episodes)
                 drawn = draw_nested(rules.rule, candidate.dataset, {1, *shots}, *how) if nest else {k: draw(rules.rule, candidate.dataset, k, *how) for k in sorted({1, *shots})}
+                drawn = {k: sized(m) for k, m in drawn.items()}
             ready = _ready(candidate, _used(drawn.values()))
             if ready is candidate: break
             if given: raise InputError(f"manifest={s.manifest}: it asks for faulty files of '{name}' ({ready.dataset.problems[0]}); mend them or draw other episodes")
@@ -261,7 +271,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
         manifests |= {(name, k): m for k, m in drawn.items() if given or k in shots}
         followed[name] = excerpt(drawn.get(1) or drawn[min(drawn)], s.track_episodes)
         prints[name] = _fingerprint(candidate.dataset, _used(drawn.values()))
-    followed[s.source] = draw('balanced', validation.dataset, 1, s.test_seed, s.track_episodes)
+    followed[s.source] = sized(draw('balanced', validation.dataset, 1, s.test_seed, s.track_episodes))
     prints[s.source] = _fingerprint(source.dataset)
     sets = [source.dataset, validation.dataset, *(t.dataset for t in targets.values())]
     for line in dict.fromkeys(p for d in sets for p in d.problems): say(f'left out: {line}')
@@ -277,7 +287,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
 # %% ../../nbs/engine/36_train.ipynb #c9f13945
 def open_run(s:Options, data:RunData) -> Run:
     "The folder of these settings on these data, whether it exists or not."
-    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED and (k not in ADDED or v is not ADDED[k])}
+    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED and (k not in ADDED or v != ADDED[k])}
     weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
     ignored = method_options().keys() - set(used_options(s.method))
     if not parse_recipe(s.method).adapts: ignored |= set(ADAPT)
@@ -417,7 +427,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     policy = {n: v for n, v in segmenter.options.dict().items() if n == 'support_policy'} if tuner.adapts(segmenter) else {}
     means = [dict(method=m, shot=int(k), **{key: round(v, 3) for key, v in zip(('value', 'low', 'high'), bootstrap_mean([f for _, f in g.groupby('target')]))})
              for (k, m), g in frame.groupby(['shot', 'method'], sort=False) if g.target.nunique() > 1]
-    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']) | policy, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
+    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, counted='native' if s.eval_size == 'native' else f'{s.size} px', guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']) | policy, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
                                              manifests={f'{n}-{k}shot': m.hash for (n, k), m in data.manifests.items()}))
     shutil.rmtree(resume, ignore_errors=True)
 

@@ -117,7 +117,7 @@ class AffinityOptions(Options):
     predictor:str|None = option(None, "prototype predictor of modules at attend: a run folder of ssp, or its official checkpoint (None: SSP on the backbone's own middle stage)")
 
 class Affinity(Segmenter):
-    "The frame of SCCAN and HDMNet: `dim` channels, an eighth of the last stage's."
+    "The frame of SCCAN and HDMNet: `dim` channels, 256 for the papers' nets (ResNet-50, ResNet-101, VGG-16) and an eighth of the last stage's for small ones."
     Options = AffinityOptions
     attends = True
 
@@ -126,7 +126,7 @@ class Affinity(Segmenter):
         if len(backbone.names) < 4: raise InputError(f"{type(self).__name__.lower()}: it reads the last three stages, the backbone has {', '.join(backbone.names)}; set last_stage=last")
         self.reads, o = tuple(backbone.names[-3:]), self.options
         low, middle, deep = (backbone.channels()[n] for n in self.reads)
-        self.dim = deep // 8
+        self.dim = 256 if deep >= 512 else deep // 8
         squeeze = lambda: nn.Sequential(nn.Conv2d(low + middle, self.dim, 1, bias=False), nn.ReLU(), nn.Dropout2d(.5))
         self.squeeze_query, self.squeeze_support = squeeze(), squeeze()
         self.base = BaseLearner(deep, o.base).requires_grad_(False) if o.base else None
@@ -139,7 +139,9 @@ class Affinity(Segmenter):
 
     @staticmethod
     def defaults(scale:str) -> dict:
-        return dict(last_stage='last', output_stride=8, freeze='all', last_relu=True, optimizer='adamw', schedule='poly', weight_decay=1e-2)
+        "Poly in both. On real data the papers' optimizers and augmentation; on the miniature, see the notebook."
+        how = dict(optimizer='adamw', weight_decay=1e-2) if scale == 'miniature' else dict(optimizer='own', augment='sccan')
+        return dict(last_stage='last', output_stride=8, freeze='all', last_relu=True, schedule='poly') | how
 
     def train(self, mode:bool=True):
         "Training mode, except for batch norms, whose statistics stay as they are, and for what is frozen."

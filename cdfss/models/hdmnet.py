@@ -16,7 +16,7 @@ from ..episode import Episode
 from .affinity import Affinity, AffinityOptions, Attention, dilate_whole, gap, resize
 from .backbones import Backbone
 from .prototype import resize_mask
-from .segmenter import BASES, Match, cross_entropy
+from .segmenter import BASES, Group, Match, cross_entropy
 
 # %% ../../nbs/models/15_hdmnet.ipynb #d0c5a320
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -178,6 +178,12 @@ class HDMNet(Affinity):
     Options = HDMNetOptions
     order = property(lambda self: self.reads[1::-1])
 
+    @property
+    def groups(self):
+        "The net that weighs shots is left at its start by HDMNet, and trained by PAHNet."
+        still = () if self.plus else (Group(('merge.weigh.',), 'adamw', 0.),)
+        return (*still, Group(('squeeze_', 'merge'), 'adamw', 10.), Group(('',), 'adamw'))
+
     def __init__(self, backbone:Backbone, modules=(), options=None):
         super().__init__(backbone, modules, options)
         dilate_whole(backbone)
@@ -188,7 +194,7 @@ class HDMNet(Affinity):
 
     @staticmethod
     def defaults(scale:str) -> dict:
-        return Affinity.defaults(scale) | (dict(batch=8, lr=1e-3) if scale == 'miniature' else dict(batch=4, lr=1e-4))
+        return Affinity.defaults(scale) | (dict(batch=8, lr=1e-3) if scale == 'miniature' else dict(batch=4, lr=1e-4, weight_decay=1e-2))
 
     @property
     def shares_encoding(self) -> bool: return self.plus and super().shares_encoding
@@ -211,7 +217,7 @@ class HDMNet(Affinity):
         prototype = gap(s, resize_mask(match.fg, size))
         spread = lambda p: p[..., None, None].expand(*p.shape, *size)
         if self.plus: priors = self.guided_prior(match, levels, size)
-        else: priors = torch.stack([largest_cosine(*level, match.fg) for level in reversed(levels)], 1)
+        else: priors = torch.cat([resize(largest_cosine(*level, match.fg)[:, None], size) for level in reversed(levels)], 1)
         s = self.merge_support(torch.cat([s, spread(prototype)], 2).flatten(0, 1)).unflatten(0, (b, k))
         q = self.merge_query(torch.cat([q, spread(prototype.mean(1)), 10*priors], 1))
         meta, maps, pseudo = self.hierarchy(q, s, match.fg, priors, self.attended, self.guide(match))

@@ -15,7 +15,7 @@ from ..basics import InputError, option
 from .affinity import Affinity, AffinityOptions, Attention, dilate_whole, gap, minmax, resize
 from .backbones import Backbone
 from .prototype import resize_mask
-from .segmenter import BASES, Match
+from .segmenter import BASES, Group, Match
 
 # %% ../../nbs/models/14_sccan.ipynb #9f88d881
 def windows(x:Float[Tensor, "b h w c"], side:int) -> Float[Tensor, "b n t c"]:
@@ -122,6 +122,7 @@ class SCCAN(Affinity):
     "Self-calibrated cross attention network (ICCV 2023)."
     Options = SCCANOptions
     order = property(lambda self: self.reads[:2])
+    groups = (Group(('blocks.', 'norm.', 'extras.'), 'adamw', 6e-5/5e-3, 'constant', 1e-2), Group(('',), 'sgd'))
 
     def __init__(self, backbone:Backbone, modules=(), options=None):
         super().__init__(backbone, modules, options)
@@ -140,7 +141,7 @@ class SCCAN(Affinity):
 
     @staticmethod
     def defaults(scale:str) -> dict:
-        return Affinity.defaults(scale) | dict(batch=8, lr=1e-3 if scale == 'miniature' else 6e-5)
+        return Affinity.defaults(scale) | (dict(batch=8, lr=1e-3) if scale == 'miniature' else dict(batch=8, lr=5e-3, weight_decay=1e-4))
 
     def compare(self, match:Match) -> dict[str, Tensor]:
         o, deep = self.options, self.reads[-1]

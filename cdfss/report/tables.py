@@ -27,7 +27,7 @@ def results(run_dirs:Iterable[str|Path]) -> pd.DataFrame:
         spans = {(m['method'], m['shot']): (m['low'], m['high']) for m in metrics.get('means', ())}
         for r in metrics['results']:
             mean_low, mean_high = spans.get((r['method'], r['shot']), (math.nan, math.nan))
-            rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'],
+            rows.append(dict(run=run.path.name, own=r['method'] == recipe, **r, protocol=metrics['protocol'], counted=run.counted,
                              manifest=metrics['manifests'][f"{r['target']}-{r['shot']}shot"][:8], seed=metrics['seed'], epoch=metrics['epoch'],
                              commit=_commit(env), device=env['device'], mean_low=mean_low, mean_high=mean_high,
                              guard=mark(metrics['guard']) if 'guard' in metrics else ''))
@@ -45,12 +45,13 @@ def in_order(targets:Iterable[str]) -> list[str]:
     return [t for t in TARGET_ORDER if t in found] + [t for t in found if t not in TARGET_ORDER]
 
 def check_comparable(results:pd.DataFrame):
-    "Raises `InputError` unless all rows share the protocol, and the rows of each target and shot the episode manifest."
+    "Raises `InputError` unless all rows share the protocol and the size at which pixels were counted, and the rows of each target and shot the episode manifest."
     if not len(results): raise InputError("results is empty: give the rows of at least one finished run")
-    def refuse(rows, what, where=''):
+    def refuse(rows, what, where='', name=''):
         runs = '; '.join(f"{value} in {', '.join(dict.fromkeys(g['run']))}" for value, g in rows.groupby(what, sort=False))
-        raise InputError(f"rows of different {what}s{where} do not belong in one table ({runs}): select one")
+        raise InputError(f"rows of different {name or what}s{where} do not belong in one table ({runs}): select one")
     if results['protocol'].nunique() > 1: refuse(results, 'protocol')
+    if results['counted'].nunique() > 1: refuse(results, 'counted', name='counting size')
     for (target, shot), g in results.groupby(['target', 'shot'], sort=False):
         if g['manifest'].nunique() > 1: refuse(g, 'manifest', f' for {target} {shot}-shot')
 
@@ -92,7 +93,7 @@ def caption(results:pd.DataFrame, metric:str='class_miou') -> str:
     lists = ', '.join(f'{t} {s}-shot {m}' for t, s, m in sorted(set(zip(results['target'], results['shot'], results['manifest']))))
     several = results.groupby(['method', 'target', 'shot'])['seed'].nunique().max() > 1
     interval = '95 % t-interval over seeds' if several else '95 % bootstrap interval over episodes' if metric == 'class_miou' else 'no interval'
-    return (f"{METRIC_LABELS[metric]} (%), {interval}. Protocol {names('protocol')}; episodes {lists}; "
+    return (f"{METRIC_LABELS[metric]} (%), {interval}. Protocol {names('protocol')}, counted at {names('counted')}; episodes {lists}; "
             f"seed {names('seed')}; epoch {names('epoch')}; commit {names('commit')}; {names('device')}."
             + ''.join(f' {g[0].upper()}{g[1:]}.' for g in results['guard'].unique() if g))
 
