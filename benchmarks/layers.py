@@ -7,6 +7,7 @@ source` (the fixed layer that is best on as many episodes of the source set), an
     python benchmarks/layers.py --out layers.csv                                                        the miniature and its pretrained backbone
     python benchmarks/layers.py --run runs/ssp-... --out layers.csv                                     the same after source training
     python benchmarks/layers.py --data /data --backbone resnet18 --weights FILE --size 224 --targets isic,chest,nuclei
+    python benchmarks/layers.py --table figures/layers.csv                                              the rows of the README
 """
 import argparse, time
 from pathlib import Path
@@ -26,10 +27,21 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data'); p.add_argument('--run'); p.add_argument('--backbone', default='miniature'); p.add_argument('--weights', default='auto'); p.add_argument('--pixels', default='auto')
     p.add_argument('--last_stage', default='stage3'); p.add_argument('--size', type=int, default=96); p.add_argument('--source', default='voc'); p.add_argument('--targets', default='fss,deepglobe,isic,chest')
-    p.add_argument('--episodes', type=int, default=150); p.add_argument('--shots', default='1,5'); p.add_argument('--layers', default='auto'); p.add_argument('--out'); p.add_argument('--name')
+    p.add_argument('--episodes', type=int, default=150); p.add_argument('--shots', default='1,5'); p.add_argument('--layers', default='auto'); p.add_argument('--out'); p.add_argument('--name'); p.add_argument('--table')
     return p.parse_args()
 
+def table(path) -> list[str]:
+    "The rows of the README's table, from what the benchmark wrote."
+    d, rows = pd.read_csv(path), []
+    for (name, k), g in d[d.target == 'mean'].groupby(['backbone', 'shot'], sort=False):
+        g, sets = g.drop_duplicates('setting').set_index('setting'), ', '.join(d[(d.backbone == name) & (d.target != 'mean')].target.unique())
+        value = [f"{g.loc[m, 'miou']:.1f}" for m in ('last', 'best on source', 'best in hindsight', 'plain mean', 'auto')]
+        minus = ["{auto_minus:+.1f} [{low:.1f}, {high:.1f}]".format(**g.loc[m]) for m in ('last', 'best in hindsight', 'plain mean')]
+        rows.append('| ' + ' | '.join([f"{name} ({sets}; {g.loc['auto', 'episodes']} episodes)", str(k), *value, *minus]) + ' |')
+    return rows
+
 def main(a):
+    if a.table: return print('\n'.join(table(a.table)))
     torch.set_num_threads(1)
     root, started = Path(a.data) if a.data else miniature_root(), time.process_time()
     net = load_segmenter(Run(a.run)).backbone if a.run else create_backbone(BackboneOptions(backbone=a.backbone, weights=a.weights, pixels=a.pixels, last_stage=a.last_stage))

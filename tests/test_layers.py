@@ -1,4 +1,5 @@
 "Which layers are compared: names, one grid, the choice from supports alone, and that nothing else is looked at."
+import importlib.util
 from dataclasses import replace
 import numpy as np
 import pytest, torch
@@ -144,8 +145,7 @@ def isic(miniature):
     data = open_dataset('isic', miniature)
     return ImageStore(data, 64), {k: draw('balanced', data, k, episodes=5) for k in (1, 2)}
 
-@pytest.mark.parametrize('recipe', ['ssp', 'prototype', 'ssp+lcm', 'hsl'])
-@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('recipe,k', [('ssp', 1), ('prototype', 2), ('ssp+lcm', 1), ('hsl', 2)])
 def test_stored_features_give_what_the_whole_pass_gives(isic, recipe, k):
     store, manifest = isic[0], isic[1][k]
     base = recipe if recipe == 'prototype' else 'ssp'
@@ -199,3 +199,10 @@ def test_every_family_has_layers_to_choose_from(name):
     seg, e = build('ssp', tiny(name), {'ssp_layers': 'auto'}).eval(), episode(3, 2, size=64)
     assert len(seg.views) >= 2 and seg.views[-1] == seg.backbone.names[-1] and 'stem' not in seg.views
     assert seg(e).mask.shape == (3, 64, 64) and seg.agreements(seg.match(e)).isfinite().all()
+
+def test_the_readme_s_table_is_what_the_benchmark_wrote(repo):
+    spec = importlib.util.spec_from_file_location('layers_benchmark', repo/'benchmarks'/'layers.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = module.table(repo/'figures'/'layers.csv')
+    assert rows and '\n'.join(rows) in (repo/'README.md').read_text()
