@@ -10,7 +10,7 @@ from cdfss.engine.evaluate import lasting_features
 from cdfss.engine.fit import FitOptions, fit, optimizers_of
 from cdfss.engine.train import TrainSettings, resolve
 from cdfss.episode import Episode
-from cdfss.methods.pahnet import Enhancement, pool
+from cdfss.methods.pahnet import Enhancement, Gate, Mixer, pool
 from cdfss.methods.seams import build
 from cdfss.models.affinity import Attention
 from cdfss.models.backbones import BackboneOptions, create_backbone
@@ -35,7 +35,7 @@ def test_an_empty_prediction_tells_nothing(side):
     torch.manual_seed(0)
     net, a = Enhancement(16), Attention(0, torch.randn(2, 12, 16), torch.randn(2, 12, 16), torch.rand(2, 12).round(), (3, 4), torch.zeros(2, 12))
     read = []
-    getattr(net, f'mix_{side}').second.register_forward_hook(lambda m, i, o: read.append(i[0][:, 0, 16:]))
+    getattr(net, f'mix_{side}').register_forward_hook(lambda m, i, o: read.append(i[1][1]))              # the prototype that the prediction made
     own = pool(net.q(net.norm1(a.support)), a.fg)
     net(a)
     net(dataclasses.replace(a, guide=torch.rand(2, 12)))
@@ -48,6 +48,21 @@ def test_any_prediction_of_the_guide_is_fine(recipe, share):
     seg, e = segmenter(recipe), episode(2)
     match = dataclasses.replace(seg.match(e), guide=torch.full((2, 64, 64), share))
     assert seg.compare(match)['scores'].isfinite().all()
+
+@torch.no_grad()
+def test_mixing_is_the_three_layers_one_after_the_other():
+    torch.manual_seed(0)
+    mix, x, p = Mixer(16), torch.randn(2, 12, 16), torch.randn(2, 2, 16)
+    joined = [net(torch.cat([x, q[:, None].expand_as(x)], -1)) for net, q in zip((mix.first, mix.second), p)]
+    assert torch.allclose(mix(x, list(p)), mix.final(torch.cat(joined, -1)), atol=1e-6)
+
+@torch.no_grad()
+@pytest.mark.parametrize('heads,bias', [(4, True), (1, False)])
+def test_the_factor_is_the_product_of_two_linear_maps(heads, bias):
+    torch.manual_seed(0)
+    gate, guide, fg = Gate(32, heads, bias), torch.rand(2, 5, 16), torch.rand(2, 5, 16).round()
+    split = lambda z: z.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    assert torch.allclose(gate.cross(guide, fg)[0], split(gate.query(guide[..., None])) @ split(gate.support(fg[..., None])).mT, atol=1e-6)
 
 @torch.no_grad()
 def test_fused_attention_is_the_plain_form():

@@ -22,7 +22,7 @@ from ..models.ssp import SSP, SSPOptions
 # %% ../../nbs/methods/25_pahnet.ipynb #0a8b3b30
 def pool(x:Float[Tensor, "b n c"], weights:Float[Tensor, "b n"]) -> Float[Tensor, "b c"]:
     "Weighted mean of tokens (weight + 5e-4 in the denominator)."
-    return (x * weights[..., None]).sum(1) / (weights.sum(1) + 5e-4)[:, None]
+    return (weights[:, None] @ x)[:, 0] / (weights.sum(1) + 5e-4)[:, None]
 
 def fuse(support:Float[Tensor, "b c"], query:Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
     "The more alike the prototypes, the more of the support's."
@@ -37,8 +37,10 @@ class Mixer(nn.Module):
         self.ffn = Mlp(dim, 4*dim)
 
     def forward(self, x:Float[Tensor, "b n c"], prototypes:list[Float[Tensor, "b c"]]) -> Float[Tensor, "b n c"]:
-        joined = [net(torch.cat([x, p[:, None].expand_as(x)], -1)) for net, p in zip((self.first, self.second), prototypes)]
-        return self.final(torch.cat(joined, -1))
+        "Three linear maps in a row are one: the published layers are multiplied first, and what the prototypes add is the same for every token."
+        final, (own, added) = self.final.weight.chunk(2, 1), zip(*(net.weight.chunk(2, 1) for net in (self.first, self.second)))
+        constant = sum(p @ (f @ w).T for f, w, p in zip(final, added, prototypes))
+        return F.linear(x, sum(f @ w for f, w in zip(final, own))) + constant[:, None]
 
 class Enhancement(nn.Module):
     "PFE of one block."
@@ -52,7 +54,7 @@ class Enhancement(nn.Module):
         x, y = self.norm1(a.query), self.norm1(a.support)
         q, k, v = self.q(y), self.k(x), self.v(x)
         fg, bg = pool(q, a.fg), pool(q, 1 - a.fg)
-        pseudo = (10*torch.stack([F.cosine_similarity(k, p[:, None], dim=-1) for p in (bg, fg)], 1)).softmax(1)
+        pseudo = (10*F.normalize(torch.stack([bg, fg], 1), dim=-1) @ F.normalize(k, dim=-1).mT).softmax(1)
         prototypes = [fuse(fg, pool(v, weights)) for weights in (pseudo[:, 1], a.guide)]
         done = lambda mix, old, new: new + mix.ffn(self.norm2(mix(old, prototypes) + old))
         return done(self.mix_query, a.query, x), done(self.mix_support, a.support, y), pseudo
@@ -72,9 +74,12 @@ class Gate(nn.Module):
     def cross(self, guide:Float[Tensor, "*b n"], fg:Float[Tensor, "*b m"]) -> tuple[Float[Tensor, "*b heads n m"], Bool[Tensor, "*b n m"]]:
         "What multiplies the cross logits, and which pairs may be."
         fg = binary(fg)
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        weight = split(self.query(guide[..., None])) @ split(self.support(fg[..., None])).mT
-        return torch.lerp(torch.ones_like(weight), weight, self.strength), agreement(guide, fg) != 1
+        head = lambda net: [v.unflatten(0, (self.heads, -1)) for v in (net.weight[:, 0], net.bias) if v is not None]          # of a number: slope and, if there is one, offset
+        asked, shown = (torch.stack([x, torch.ones_like(x)][:len(head(self.query))], -1) for x in (guide, fg))
+        inner = torch.stack([torch.stack([(p * q).sum(-1) for q in head(self.support)], -1) for p in head(self.query)], -2)                  # heads, query's terms, support's terms
+        weight = asked[..., None, :, :] @ inner @ shown[..., None, :, :].mT
+        if self.strength < 1: weight = torch.lerp(torch.ones_like(weight), weight, self.strength)
+        return weight, agreement(guide, fg) != 1
 
     def share(self, guide:Float[Tensor, "b n"], fg:Float[Tensor, "b m"]) -> Float[Tensor, "b n m"]:
         "How much a pair counts in HDMNet's correlation map: 2 where both agree, 0 for a mismatch."
@@ -104,7 +109,8 @@ class PFE(Module):
         s = self.options.strength
         if s == 0 or a.own: return a
         query, support, pseudo = self.levels[a.level](a)
-        return replace(a, query=torch.lerp(a.query, query, s), support=torch.lerp(a.support, support, s), pseudo=(*a.pseudo, pseudo.unflatten(2, a.size)))
+        if s < 1: query, support = torch.lerp(a.query, query, s), torch.lerp(a.support, support, s)
+        return replace(a, query=query, support=support, pseudo=(*a.pseudo, pseudo.unflatten(2, a.size)))
 
 @dataclass(frozen=True)
 class ASCOptions(Options):
