@@ -73,7 +73,7 @@ class Result:
         return im
 
     def save(self, path:str|Path) -> Path:
-        """The mask as `.png`, or as `.tif`: with the picture's place on the earth if it had one (that needs rasterio: `pip install 'cdfss[geo]'`). Raises `InputError` for another ending."""
+        """The mask as `.png`, or as `.tif`: with the picture's place on the earth if it had one (read and written by rasterio, the extra `geo`). Raises `InputError` for another ending."""
         path = Path(path)
         kind = path.suffix.lower()
         if kind == '.png': return atomic_write(path, lambda p: self.image().save(p, 'PNG'))
