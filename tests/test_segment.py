@@ -253,7 +253,9 @@ def test_tuning_is_done_at_fit_once(recipe, tmp_path, monkeypatch):
     untuned = load(recipe, size=64, adapt_steps=0).fit(*map(list, zip(*SHOWN[:2]))).predict(ASKED[0])
     assert not np.array_equal(untuned.scores, r.scores)
     s.save(tmp_path/'s.safetensors')
-    assert np.array_equal(load(tmp_path/'s.safetensors').predict(ASKED[0]).scores, r.scores)
+    again = load(tmp_path/'s.safetensors')
+    assert np.array_equal(again.predict(ASKED[0]).scores, r.scores)
+    for one in (s, again): assert np.array_equal(one.fit(*map(list, zip(*SHOWN[:2]))).predict(ASKED[0]).scores, r.scores)      # what was learned before is forgotten
 
 # ---- the fitted state in a file ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('how', [dict(recipe='lcm'), dict(recipe='hsl'), dict(recipe='ssp', tile=40), dict(recipe='ssp', ssp_refine=False)], ids=str)

@@ -75,6 +75,7 @@ class FewShot:
             raise InputError(f"method='{recipe}': {type(seam).__name__} changes images when asked, and supports are encoded before; leave it out")
         self.tasks: list[Task] = []
         self.stages, self.labels, self.maps, self.made, self.encoded = {}, None, {}, {}, 0
+        self.untuned: dict[str, Tensor] = {}                                # parameters of the backbone before they were tuned
 
     def __repr__(self):
         fitted = ', '.join(f"{t.number} {t.name} ({len(t.at)} supports)" for t in self.tasks) or 'not fitted'
@@ -160,10 +161,10 @@ class FewShot:
         together, plan = self.segmenter.tunes_backbone, self._plan()
         episode = lambda t: self._episode(t, crops)
         if together and plan:                                               # one backbone for all classes: it is tuned first, and supports are encoded by what it has become
+            self._put(self.untuned)
             tuned = tune_together(self.segmenter, lambda step: map(episode, tasks), plan)
-            own = dict(self.segmenter.named_parameters())
-            with torch.no_grad():
-                for n, v in tuned.items(): own[n].copy_(v)
+            self.untuned = {n: p.detach().clone() for n, p in self.segmenter.named_parameters() if n in tuned}
+            self._put(tuned)
         self.stages = self._encode(crops, 'support')
         self.made = self._ahead(self.stages, self.maps)
         self._gather(tasks)
@@ -171,6 +172,12 @@ class FewShot:
             for t in tasks:
                 t.tuned = {n: v[0] for n, v in tune(self.segmenter, episode(t), plan, t.match['support'])[0].items()}
         self.tasks = tasks
+
+    @torch.no_grad()
+    def _put(self, values:dict[str, Tensor]):
+        "Parameters of these names take these values."
+        own = dict(self.segmenter.named_parameters())
+        for n, v in values.items(): own[n].copy_(v)
 
     def _plan(self):
         "How the recipe tunes itself on supports; None where it does not."
@@ -237,7 +244,7 @@ class FewShot:
         "Everything that `predict` needs, weights included, in one safetensors file, which `load` reads. Raises `InputError` before `fit`."
         if not self.tasks: raise InputError("save before fit: nothing has been learned yet; call fit(images, masks) first")
         tensors = {f'segmenter.{n}': v for n, v in self.segmenter.state_dict().items()} | dict(labels=self.labels)
-        for kind, d in (('stages', self.stages), ('maps', self.maps), ('made', self.made)): tensors |= {f'{kind}.{n}': v for n, v in d.items()}
+        for kind, d in (('stages', self.stages), ('maps', self.maps), ('made', self.made), ('untuned', self.untuned)): tensors |= {f'{kind}.{n}': v for n, v in d.items()}
         for t in self.tasks: tensors |= {f'tuned.{t.number}.{n}': v for n, v in (t.tuned or {}).items()}
         about = dict(recipe=self.recipe, backbone={**self.segmenter.backbone.options.dict(), 'weights': 'none'}, values=self.values, adapt=self.adapt.dict(), version=cdfss.__version__,
                      options={**self.options.dict(), 'device': 'auto'}, tasks=[[t.number, t.name, t.at] for t in self.tasks], maps=list(self.maps))
@@ -260,6 +267,7 @@ class FewShot:
         of = lambda kind, names: {n: v.to(device) for found in [under(f'{kind}.')] for n in names if (v := found.get(n)) is not None}            # in their order: some look at the last
         out.labels, out.stages, out.made, out.maps = tensors['labels'].to(device), of('stages', out._needed), of('made', out._needed), of('maps', about['maps'])
         out.tasks = [Task(number, name, at, {n: v.to(device) for n, v in under(f'tuned.{number}.').items()} or None) for number, name, at in about['tasks']]
+        out.untuned = {n: v.to(device) for n, v in under('untuned.').items()}
         out._gather(out.tasks)
         return out
 
