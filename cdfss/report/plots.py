@@ -261,7 +261,8 @@ def bars_with_intervals(summary:pd.DataFrame, ax:Axes|None=None, label:str='clas
     methods, shots, seen, colours = list(dict.fromkeys(summary['method'])), sorted(summary['shot'].unique()), {}, {}
     for m in methods:
         seen[family(m)] = seen.get(family(m), -1) + 1
-        colours[m] = _lighter(FAMILY_COLOURS[family(m)], seen[family(m)])
+        alike = sum(family(o) == family(m) for o in methods)                 # more than four tints of one colour cannot be told apart
+        colours[m] = _lighter(FAMILY_COLOURS[family(m)], seen[family(m)]) if alike <= 4 else mpl.colormaps['viridis'](.95*seen[family(m)]/(alike - 1))
     if ax is None:
         fig, axes = plt.subplots(1, len(shots), figsize=(WIDTH, 2.3), squeeze=False, sharey=True)
         axes = list(axes[0])
