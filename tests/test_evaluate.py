@@ -12,6 +12,7 @@ from cdfss.data.manifests import Manifest, draw
 from cdfss.engine.evaluate import FeatureStore, evaluate, lasting_features, needed_stages, predict
 from cdfss.engine.fit import FitOptions, fit
 from cdfss.engine.metrics import COUNTS, class_miou, confusion, paired_bootstrap
+from cdfss.episode import Prediction
 from cdfss.methods.seams import MODULES, Module, build
 from episodes import backbone, segmenter
 from fakes import blob, picture
@@ -79,6 +80,17 @@ def test_native_counts_are_those_of_a_plain_loop(tmp_path, recipe):
         guess = F.interpolate(shown, (max(h, w),)*2, mode='bilinear', align_corners=True)[0].argmax(0)[:h, :w].bool().numpy()
         assert (row.tp, row.fp, row.fn, row.tn) == ((guess & truth).sum(), (guess & ~truth).sum(), (~guess & truth).sum(), (~guess & ~truth).sum())
     assert set(found.eval_size) == {'native'} and found[list(COUNTS)].sum(axis=1).tolist() == [80*60, 60*80, 90*40, 64*64, 50*100]
+
+def test_a_vote_of_shots_is_counted_at_native_size(store, manifests):
+    "What is counted comes from the voted mask, not from the mean of the shots' scores, which says something else."
+    s = segmenter('hsnet')
+    padded, native = ImageStore(store.dataset, SIZE, cache=store.folder.parent, pad=True), manifests[5].episodes[:3]
+    odd = lambda match, size: Prediction(torch.stack([torch.ones(len(match.fg), *size), torch.zeros(len(match.fg), *size)], 1), torch.ones(len(match.fg), *size, dtype=torch.bool), torch.zeros(len(match.fg), 2, 1, 1))
+    s.answer = odd
+    with FeatureStore(s, padded, needed_stages({'m': s})) as features: masks, truth, _ = predict({'m': s}, padded, native, features, native=True)
+    assert all(m.all() and m.shape == t.shape for m, t in zip(masks['m'], truth))
+    with FeatureStore(s, padded, needed_stages({'m': s})) as features: masks, _, _ = predict({'m': s}, padded, manifests[1].episodes[:3], features, native=True)
+    assert not any(m.any() for m in masks['m'])                                             # one shot: what the scores say
 
 def test_sizes_of_counting_do_not_mix(methods, store, manifests):
     working = manifests[1]

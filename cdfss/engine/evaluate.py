@@ -175,7 +175,8 @@ def _answer(segmenters, tuned, store, episodes, features, device, precision, sec
     if not native: return masks, target, void
     target, void = zip(*(store.native(q) for q, _, _ in episodes))
     def scores(name):
-        if segmenters[name].acting('mask'): return torch.stack([~masks[name], masks[name]], 1)
+        voted = segmenters[name].votes and len(episodes[0][1]) > 1
+        if voted or segmenters[name].acting('mask'): return torch.stack([~masks[name], masks[name]], 1)
         return torch.cat([p.scores for p in answers[name]])
     return {name: [m.cpu() for m in at_native(scores(name).float(), [t.shape for t in target])] for name in masks}, target, void
 

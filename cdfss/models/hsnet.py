@@ -203,6 +203,7 @@ def shot(match:Match, i:int) -> Match:
 class HSNet(Segmenter):
     "Hypercorrelation squeeze network (ICCV 2021) on the blocks of the backbone's last three stages."
     rehearsal_shots = 1                      # each shot costs a whole comparison
+    votes = True
 
     def __init__(self, backbone:Backbone, modules=(), options=None):
         super().__init__(backbone, modules, options)

@@ -72,6 +72,7 @@ class Segmenter(nn.Module):
     rehearsal_shots: int|None = None         # supports shown at once in a rehearsal, in turn from step to step; None: all the others
     attends: bool = False                    # has attention blocks, and so the `attend` seam
     groups: tuple[Group, ...] = ()           # how its paper trains its parts, where not all alike (`optimizer=own`)
+    votes: bool = False                      # several shots vote: their mask is not what the mean of their scores says
     chooses: bool = False                    # chooses what it compares from the supports of each task (`choose`, models/18_layers)
     Options: type[Options] = Options
 
