@@ -15,7 +15,7 @@ export UV_NATIVE_TLS   := 1
 # waiting threads that spin slow each other down many times over when other work shares the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test browser study figures own-images export clean-notebooks lock wheel
+.PHONY: setup train test browser study figures real-study real-figures own-images export clean-notebooks lock wheel
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -59,6 +59,16 @@ study: setup
 figures: setup
 	@mkdir -p runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/figures.ipynb runs/figures.ipynb $(ARGS) --log-output --no-progress-bar
+
+# the papers' claims on the real images below DATA, resumable: ARGS="-p setting full -p minutes 9" (smoke, reduced, full); REAL is the folder of its runs
+REAL ?= runs/real
+real-study: setup
+	@mkdir -p "$(REAL)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/real.ipynb "$(REAL)/real.ipynb" -p data "$(DATA)" -p runs "$(REAL)" $(ARGS) --log-output --no-progress-bar
+
+# figures/real/ and the table of verdicts, from the records of what is finished
+real-figures: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/claims.ipynb "$(REAL)/claims.ipynb" -p runs "$(REAL)" $(ARGS) --log-output --no-progress-bar
 
 # how well one's own images are segmented, on the data sets below DATA: figures/own_images.csv; BACKBONES="miniature; resnet18 weights=FILE size=320"
 own-images: setup
