@@ -49,6 +49,7 @@ def row_name(params:dict, method:str) -> str:
     "A method's name in an ablation: the recipe, and in what it differs from the recipe's defaults."
     said = [f"without {left}" for left in SCALES if 'hsm' in method and left not in params['hsm_maps'].split(',')]
     if method.endswith('pcmt') and params['pcmt_rule'] != 'pcmt': said.append(f"{params['pcmt_rule']} threshold")
+    if method == 'ifa' and params['ifa_stage'] == 'bfp': return 'ifa, untuned'
     if method == 'ifa' and params['ifa_rounds'] != 3: said.append(f"{params['ifa_rounds']} round{'s' if params['ifa_rounds'] > 1 else ''}")
     if method == 'ifa' and params['ifa_support_policy'] != 'fixed': said.append(f"pool {params['ifa_support_policy']}")
     return ', '.join([method, *said])
@@ -139,8 +140,8 @@ CHANGES = dict(
          *(Change(f'three rounds gain over one, {k}-shot', math.nan, 'ifa', 'ifa, 1 round', 'ifa.md, claims (figures not verified)', None, k, m) for k in (1, 5) for m in ('fb_iou', 'class_miou')),
          *(Change(f'a pool drawn anew gains over a fixed one, {k}-shot', math.nan, 'ifa, pool paper', 'ifa', 'ifa.md, target fine-tuning (quirk)', None, k, m) for k in (1, 5) for m in ('fb_iou', 'class_miou'))))
 
-def claims(name:str, runs:Iterable[Run]) -> pd.DataFrame:
-    """A row per claim of an ablation (hsl or ifa): claim, metric, the paper's figure (NaN: it gives none), ours with its 95 % t-interval over seeds, verdict, the pool of each side, source, data. What the
+def claims(name:str, runs:Iterable[Run], changes:Iterable[Change]|None=None) -> pd.DataFrame:
+    """A row per claim of an ablation (hsl or ifa; `changes` in place of its own): claim, metric, the paper's figure (NaN: it gives none), ours with its 95 % t-interval over seeds, verdict, the pool of each side, source, data. What the
     runs do not hold is kept, with the reason as its data. Raises `InputError` for an unknown name."""
     if name not in CHANGES: raise unknown('ablation', name, CHANGES)
     each = _per_seed(found := results(runs))
@@ -152,7 +153,7 @@ def claims(name:str, runs:Iterable[Run]) -> pd.DataFrame:
         g = g[g.groupby('seed').target.transform('nunique') == len(set(targets))]
         if not len(g): raise InputError(f"no run of {method}, {c.shot}-shot, on {', '.join(tables.in_order(targets))}")
         return g.groupby('seed')[c.metric].mean(), g.support_policy.iloc[0] or 'none'
-    for c in CHANGES[name]:
+    for c in changes or CHANGES[name]:
         value = low = high = math.nan
         pools = ''
         try:
