@@ -3,10 +3,10 @@ import dataclasses
 import pytest, torch
 from cdfss.basics import InputError
 from cdfss.data.guard import Ledger
-from cdfss.data.images import ImageStore
+from cdfss.data.images import ImageStore, collate
 from cdfss.data.layouts import open_dataset
-from cdfss.engine.adapt import AdaptOptions, Tuner, draw_pools, read_supports, tune_together
-from cdfss.engine.evaluate import predict
+from cdfss.engine.adapt import AdaptOptions, Tuner, answer, draw_pools, read_supports, tune_together
+from cdfss.engine.evaluate import Twins, predict
 from cdfss.methods.ifa import IFA, IFAOptions, augmented, back, step
 from episodes import backbone, episode, segmenter
 from fakes import polyps
@@ -148,6 +148,22 @@ def test_tuning_lowers_its_loss_and_leaves_the_segmenter_alone(store):
     masks, _, _ = predict({'ifa': seg, 'plain': segmenter('ssp')}, store, asked, None, tuner=tuner(adapt_steps=4, adapt_lr=1e-2))
     assert all(torch.equal(v, before[n]) for n, v in seg.state_dict().items()) and not seg.adapting
     assert not torch.equal(masks['ifa'], masks['plain'])
+
+def test_each_image_is_encoded_once_a_pool(store):
+    methods, t = {'ifa': segmenter('ifa'), 'plain': segmenter('ssp')}, tuner(adapt_lr=1e-2)
+    asked = [(p, ((p + 1) % 9, (p + 2) % 9), 0) for p in range(9)]
+    which = t.which_pool(store, asked)
+    with Twins(store, t) as twins:
+        for i in range(0, 9, 4): masks, target, void = predict(methods, store, asked[i:i + 4], None, tuner=t, twins=twins)
+        seen = {w: {p for (q, s, _), x in zip(asked, which) if x == w for p in (q, *s)} for w in set(which)}
+        assert set(seen) == {0, 1} and {w: f.encoded for (_, _, w), (_, f) in twins.made.items()} == {w: len(s) for w, s in seen.items()}
+        assert all(f.segmenter is made and made is not methods['ifa'] for made, f in twins.made.values())
+    masks, target, void = predict(methods, store, asked, None, tuner=t)
+    net = methods['ifa'].backbone
+    batch = collate(store, asked, net.mean, net.std)
+    with torch.inference_mode(): each = torch.cat([p.mask for p in answer(methods['ifa'], t(methods['ifa'], store, asked), batch, (64, 64))])
+    assert list(masks) == ['ifa', 'plain'] and (masks['ifa'] == each).float().mean() > .9995 and not torch.equal(masks['ifa'], masks['plain'])
+    assert torch.equal(target, batch.query_mask) and torch.equal(void, batch.ignore)
 
 def test_steps_follow_the_plan(store):
     seg, seen = segmenter('ifa'), []

@@ -5,7 +5,7 @@ __all__ = ['OPTIMIZERS', 'POOL_BATCH', 'AdaptOptions', 'with_parameters', 'adapt
            'tune_together', 'pick', 'answer', 'Tuner']
 
 # %% ../../nbs/engine/38_adapt.ipynb #ef5e02e2
-import contextlib, dataclasses, hashlib, json
+import contextlib, copy, dataclasses, hashlib, json
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -192,16 +192,35 @@ class Tuner:
         if file: atomic_write(file, lambda p: save_file({n: v.contiguous().cpu() for n, v in values.items()}, p))
         return values
 
+    def uses_pools(self, segmenter:Segmenter) -> bool:
+        "Whether it tunes this one on pools, and so gives all episodes of a data set one of two sets of weights."
+        return self.adapts(segmenter) and segmenter.tuning.pool != 'task'
+
+    def _pool(self, segmenter:Segmenter, store:ImageStore, shot:int, which:int, device:str) -> dict[str, Tensor]:
+        "`pooled`, made once."
+        values = self.pools.setdefault((id(segmenter), id(store), shot), {})
+        if which not in values: values[which] = self.pooled(segmenter, store, shot, which, self.options.plan(segmenter.tuning, store.dataset.name), device)
+        return values[which]
+
+    def which_pool(self, store:ImageStore, episodes) -> list[int]:
+        "The pool whose weights answer each episode: the second one where the first holds its query."
+        held = {store.dataset.items[p].image for task in draw_pools(store, len(episodes[0][1]))[0] for p in task}
+        return [int(store.dataset.items[q].image in held) for q, _, _ in episodes]
+
+    def twin(self, segmenter:Segmenter, store:ImageStore, shot:int, which:int, device:str='cpu') -> Segmenter:
+        "A copy that holds the weights tuned on a pool, and is tuned no further."
+        values, made = self._pool(segmenter, store, shot, which, device), copy.deepcopy(segmenter)
+        made.load_state_dict(values, strict=False)
+        made.tuning = None
+        return made
+
     def __call__(self, segmenter:Segmenter, store:ImageStore, episodes, features=None, device:str='cpu') -> dict[str, Tensor]:
         "Parameters tuned for each of these (query, supports, class) episodes; `features` is the feature store, where encodings are shared. Raises what `tune` and the ledger raise."
         positions, items = [s for _, s, _ in episodes], store.dataset.items
         plan = self.options.plan(segmenter.tuning, store.dataset.name)
         if plan.pool != 'task':
-            shot, values = len(positions[0]), self.pools.setdefault((id(segmenter), id(store), len(positions[0])), {})
-            held = {items[p].image for task in draw_pools(store, shot)[0] for p in task}
-            which = [int(items[q].image in held) for q, _, _ in episodes]
-            for w in set(which) - values.keys(): values[w] = self.pooled(segmenter, store, shot, w, plan, device)
-            return {n: torch.stack([values[w][n] for w in which]) for n in values[which[0]]}
+            values = [self._pool(segmenter, store, len(positions[0]), w, device) for w in self.which_pool(store, episodes)]
+            return {n: torch.stack([v[n] for v in values]) for n in values[0]}
         file = self.keep and self._file(segmenter, store, positions, plan)
         if file and file.exists(): return load_file(file, device=device)
         read = []

@@ -23,7 +23,7 @@ from ..data.guard import Ledger, check_leakage
 from ..data.manifests import RULES, Manifest, draw, draw_nested, load_manifests
 from ..data.miniature import miniature_root
 from .adapt import AdaptOptions, Tuner
-from .evaluate import FeatureStore, evaluate, lasting_features, needed_stages, predict
+from .evaluate import evaluate, features_for, lasting_features, needed_stages, predict
 from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
@@ -330,8 +330,7 @@ def _samples(s:Options, data:RunData, methods, tuner:Tuner, frame:pd.DataFrame, 
         at = [int(order[i]) for i in np.linspace(0, len(order) - 1, min(s.samples, len(order))).round().astype(int)]
         for i in at:
             q, supports, c = data.manifests[name, shot].episodes[i]
-            shared = all(m.shares_encoding for m in methods.values())
-            with FeatureStore(methods[s.method], store, needed_stages(methods), **precision_args) if shared else contextlib.nullcontext() as features:
+            with features_for(methods, store, tuner, **precision_args) or contextlib.nullcontext() as features:
                 masks, target, _ = predict(methods, store, [(q, supports, c)], features, s.device, tuner=tuner)
             arrays = dict(support=store.image(supports[0]), support_mask=store.mask(supports[0])[0], query=store.image(q), query_mask=target[0].cpu(),
                           **{f'prediction:{m}': v[0].cpu() for m, v in masks.items()})
@@ -408,7 +407,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
                                              options={k: getattr(s, k) for k in method_options()}, size=s.size))
     frames, seconds = [], {}
     for name, store in data.targets.items():
-        features = lasting[name] or (FeatureStore(segmenter, store, needed_stages(methods), spill=resume, ahead=True, **how) if all(m.shares_encoding for m in methods.values()) else None)
+        features = lasting[name] or features_for(methods, store, tuner, spill=resume, **how)
         for k in (k for n, k in data.manifests if n == name):
             say(f'evaluating {name}, {k}-shot, {len(data.manifests[name, k])} episodes')
             frames.append(evaluate(methods, store, data.manifests[name, k], epoch=total, features=features, parts=resume/'final', seconds=seconds, tuner=tuner, **how).assign(target=name))
