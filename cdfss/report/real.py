@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
-           'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'plan', 'Ledger', 'work', 'check_data', 'real_study',
-           'base_name', 'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table',
-           'lists', 'change', 'as_study', 'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about',
-           'report']
+           'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'combined_jobs', 'more_jobs', 'plan',
+           'Ledger', 'work', 'check_data', 'real_study', 'base_name', 'label_of', 'finished', 'check_lists',
+           'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change', 'as_study', 'changes', 'Own',
+           'claims_table', 'claims_text', 'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
 import json, math, os, re, time
@@ -35,7 +35,7 @@ NEAR = 'davis'
 BACKBONES = dict(resnet18=dict(backbone='resnet18', weights='resnet18_in1k_to_layer3.safetensors'),
                  mobilenetv2=dict(backbone='mobilenetv2_100', weights='mobilenetv2_100_in1k_1001.safetensors', pixels='half', last_stage='stage4'),
                  miniature=dict(backbone='miniature', weights='auto'))
-PARTS = ('core', 'combined', 'inside', 'rate', 'mobilenet')
+PARTS = ('core', 'combined', 'inside', 'more', 'mobilenet')
 
 @dataclass(frozen=True)
 class RealOptions(Options):
@@ -43,7 +43,7 @@ class RealOptions(Options):
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
     setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, two hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
-    parts:str     = option(','.join(PARTS), "what of the plan: core, combined (methods of several papers), inside (diagnostics), rate (the papers' learning rate), mobilenet (a second backbone)")
+    parts:str     = option(','.join(PARTS), "what of the plan: core, combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
     workers:int   = option(0, "runs side by side; 0: one per core, four on a GPU", low=0)
     device:str    = option('auto', "auto, cpu, cuda")
@@ -82,21 +82,30 @@ class Job:
     look: dict = field(default_factory=dict)
     recipe: str = ''
 
-def _seed_jobs(o:RealOptions, size:Size, seed:int, common:dict) -> list[Job]:
-    few, targets = dict(test_episodes=size.tuned), ','.join(TARGETS)
-    on = lambda name: f'{name}, seed {seed}'
-    def fit(name, **settings): return Job(on(name), common | dict(seed=seed, targets=targets) | settings)
-    def score(name, after, **settings):
-        return Job(on(name), common | dict(seed=seed, targets=targets, epochs=0, track='none', compare=False) | settings, on(after))
-    core = [fit('ssp+lcm', method='lcm', keep_epochs=True), fit('ssp+lem+lcm', method='loec', keep_epochs=True),
-            fit('ssp+lcm, stem frozen', method='lcm', freeze='stem'), fit('ssp+lcm, stem+stage1 frozen', method='lcm', freeze='stem+stage1'),
-            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm'), fit('bfp', method='ifa', ifa_stage='bfp'),
-            score('ssp+pcmt', 'ssp+lcm', method='ssp+pcmt'), score('hsl, otsu', 'hsl', method='hsl', pcmt_rule='otsu'),
+def _fit(name:str, seed:int, common:dict, **settings) -> Job: return Job(f'{name}, seed {seed}', common | dict(seed=seed, targets=','.join(TARGETS)) | settings)
+
+def _score(name:str, seed:int, after:str, common:dict, **settings) -> Job:
+    return Job(f'{name}, seed {seed}', common | dict(seed=seed, targets=','.join(TARGETS), epochs=0, track='none', compare=False) | settings, f'{after}, seed {seed}')
+
+def core_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "SSP, LEM, LCM, LoEC, frozen stages, HSL and its parts, IFA before and after tuning, and LFM's modules."
+    fit = lambda name, **settings: _fit(name, seed, common, **settings)
+    score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
+    return [fit('ssp+lcm', method='lcm', keep_epochs=True), fit('ssp+lem+lcm', method='loec', keep_epochs=True), fit('ssp+lcm, stem+stage1 frozen', method='lcm', freeze='stem+stage1'),
+            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm'), fit('bfp', method='ifa', ifa_stage='bfp'), score('ssp+pcmt', 'ssp+lcm', method='ssp+pcmt'),
             score('ifa', 'bfp', method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), score('ifa, near', 'bfp', method='ifa', targets=NEAR, shots=size.near_shots),
-            score('ssp+apm_m+acpa', 'ssp+lcm', method='ssp+apm_m+acpa', **few)]
-    combined = [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt'),
-                score('lem+apm_m+acpa', 'ssp+lem+lcm', method='ssp+lem+apm_m+acpa', **few)]
-    return [j for part, jobs in (('core', core), ('combined', combined)) if part in o.chosen for j in jobs]
+            score('ssp+apm_m+acpa', 'ssp+lcm', method='ssp+apm_m+acpa', test_episodes=size.tuned)]
+
+def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "Combinations across papers, on weights that are there."
+    score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
+    return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt'),
+            score('lem+apm_m+acpa', 'ssp+lem+lcm', method='ssp+lem+apm_m+acpa', test_episodes=size.tuned)]
+
+def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "What tests a likely reason."
+    return [_fit('ssp+lem+lcm, renorm', seed, common, method='loec', lem_renorm='std'), _fit('ssp+lcm, stem frozen', seed, common, method='lcm', freeze='stem'),
+            _score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu')]
 
 def _look_jobs(size:Size, seed:int) -> list[Job]:
     n, on = size.looked, lambda name: f'{name}, seed {seed}'
@@ -115,9 +124,11 @@ def plan(o:RealOptions) -> list[Job]:
         if b['weights'] != 'auto' and not file.is_file(): raise InputError(f"{file}: no such file; put the ImageNet weights of {b['backbone']} there")
         return size.settings | b | dict(data_root=str(o.data), runs=o.runs, device=o.device, weights=b['weights'] if b['weights'] == 'auto' else str(file))
     own = common(size.backbone)
-    jobs = [j for seed in seeds for j in _seed_jobs(o, size, seed, own)]
-    if 'inside' in o.chosen and 'core' in o.chosen: jobs += [j for seed in seeds for j in _look_jobs(size, seed)]
-    if 'rate' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
+    jobs = []
+    for part, made in dict(core=core_jobs, combined=combined_jobs).items(): jobs += [j for seed in seeds for j in made(size, seed, own) if part in o.chosen]
+    if 'inside' in o.chosen: jobs += _look_jobs(size, seeds[0])
+    if 'more' in o.chosen: jobs += [j for seed in seeds for j in more_jobs(size, seed, own)] + [Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3))]
+    if 'inside' in o.chosen: jobs += [j for seed in seeds[1:] for j in _look_jobs(size, seed)]
     if 'mobilenet' in o.chosen and o.setting != 'smoke':
         other = common('mobilenetv2') | dict(targets=','.join(TARGETS), precision='float32')
         jobs += [Job(f'{m}, MobileNetV2, seed {s}', other | dict(method=m, seed=s)) for s in seeds for m in ('lcm', 'loec')]
@@ -467,3 +478,22 @@ def _beside(frame:pd.DataFrame, upto:int) -> pd.DataFrame:
     n = frame.groupby(['backbone', 'label', 'target', 'shot', 'seed'])['index'].transform('size')
     short = frame[n == upto].label.unique()
     return frame[frame.label.isin([*short, 'ssp', 'ssp+lem'])]
+
+# %% ../../nbs/report/61_real.ipynb #fc950eed
+@dataclass(frozen=True)
+class ClaimOptions(Options):
+    "What `claims.ipynb` reads and writes."
+    runs:str      = option('runs/real', "folder of the real study's runs; where there is none, the committed verdicts are shown")
+    setting:str   = option('reduced', "which of its settings", choices=('smoke', 'reduced', 'full'))
+    figures:str   = option('figures/real', "folder for tables and figures")
+    miniature:str = option('figures', "folder with the miniature's verdicts")
+
+def tell(o:ClaimOptions, say:Callable=print) -> str:
+    "The verdicts in words, from the runs or from the committed table. Raises `InputError` when there is neither."
+    study, kept = RealOptions(runs=o.runs, setting=o.setting), Path(o.figures)/'claims.csv'
+    if Ledger(study).file.exists(): table = report(study, o.figures, o.miniature, say)
+    elif kept.exists():
+        say(f'{Ledger(study).file}: not there; the verdicts are those of {kept}')
+        table = pd.read_csv(kept, dtype=dict(figure=str)).fillna(dict(figure=''))
+    else: raise InputError(f"{Ledger(study).file}: no study there, and no {kept}: make real-study DATA=... first")
+    return claims_text(table)
