@@ -59,18 +59,20 @@ class RealOptions(Options):
 
 @dataclass(frozen=True)
 class Size:
-    "How large a study is. `tuned`: test episodes for what is tuned on each; `near_shots`: shots at which IFA is tuned on the near target, which has 20 classes; `looked`: episodes of a diagnostic; `keep`: weights are kept after each epoch."
+    """How large a study is. `tuned`: test episodes and other settings of what is tuned on each episode (60 steps; on a core 10 s at one shot, 70 s at five); `near_shots`: shots at which IFA is tuned on the near
+    target, which has 20 classes; `looked`: episodes of a diagnostic; `quiet`: settings of trainings that are not followed epoch by epoch."""
     settings: dict
-    tuned: int
+    tuned: dict
     near_shots: str
     looked: int
+    quiet: dict = field(default_factory=dict)
     backbone: str = 'resnet18'
 
 _common = dict(protocol='subset', source=SOURCE, on_error='skip', samples=0, batch=8, lr=1e-4, schedule='constant', freeze='none', shots='1,5', track='all')
 SIZES = dict(
-    smoke=Size(_common | dict(size=64, min_area=1, epochs=1, fit_episodes=8, test_episodes=3, track_episodes=2), 2, '1', 4, 'miniature'),
-    reduced=Size(_common | dict(size=224, epochs=5, fit_episodes=120, test_episodes=60, track_episodes=40, precision='bf16'), 30, '1', 24),
-    full=Size(_common | dict(size=400, epochs=20, fit_episodes=200, test_episodes=200, track_episodes=60, precision='bf16'), 60, '1,5', 60))
+    smoke=Size(_common | dict(size=64, min_area=1, epochs=1, fit_episodes=8, test_episodes=3, track_episodes=2), dict(test_episodes=2), '1', 4, backbone='miniature'),
+    reduced=Size(_common | dict(size=224, epochs=5, fit_episodes=120, test_episodes=60, track_episodes=40, precision='bf16'), dict(test_episodes=6, shots='1', targets=','.join(t for t in TARGETS if t != NEAR)), '1', 24, dict(track='none')),
+    full=Size(_common | dict(size=400, epochs=20, fit_episodes=200, test_episodes=200, track_episodes=60, precision='bf16'), dict(test_episodes=60), '1,5', 60))
 
 # %% ../../nbs/report/61_real.ipynb #97c217e0
 @dataclass(frozen=True)
@@ -92,27 +94,26 @@ def core_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     fit = lambda name, **settings: _fit(name, seed, common, **settings)
     score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
     return [fit('ssp+lcm', method='lcm', keep_epochs=True), fit('ssp+lem+lcm', method='loec', keep_epochs=True), fit('ssp+lcm, stem+stage1 frozen', method='lcm', freeze='stem+stage1'),
-            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm'), fit('bfp', method='ifa', ifa_stage='bfp'), score('ssp+pcmt', 'ssp+lcm', method='ssp+pcmt'),
-            score('ifa', 'bfp', method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), score('ifa, near', 'bfp', method='ifa', targets=NEAR, shots=size.near_shots),
-            score('ssp+apm_m+acpa', 'ssp+lcm', method='ssp+apm_m+acpa', test_episodes=size.tuned)]
+            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm', **size.quiet), fit('bfp', method='ifa', ifa_stage='bfp', **size.quiet), score('ssp+pcmt', 'ssp+lcm', method='ssp+pcmt'),
+            score('ifa', 'bfp', method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), score('ssp+apm_m+acpa', 'ssp+lcm', method='ssp+apm_m+acpa', **size.tuned)]
 
 def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "Combinations across papers, on weights that are there."
     score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
-    return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt'),
-            score('lem+apm_m+acpa', 'ssp+lem+lcm', method='ssp+lem+apm_m+acpa', test_episodes=size.tuned)]
+    return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt')]
 
 def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "What tests a likely reason."
     return [_fit('ssp+lem+lcm, renorm', seed, common, method='loec', lem_renorm='std'), _fit('ssp+lcm, stem frozen', seed, common, method='lcm', freeze='stem'),
-            _score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu')]
+            _score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu'), _score('ifa, near', seed, 'bfp', common, method='ifa', targets=NEAR, shots=size.near_shots),
+            _score('lem+apm_m+acpa', seed, 'ssp+lem+lcm', common, method='ssp+lem+apm_m+acpa', **size.tuned)]
 
 def _look_jobs(size:Size, seed:int) -> list[Job]:
     n, on = size.looked, lambda name: f'{name}, seed {seed}'
     inside = dict(activations=dict(episodes=n), cka=dict(episodes=n), errors=dict(episodes=n), sharpness=dict(episodes=n, kinds=('feature',), strengths=(.5, 1.)),
                   frequency=dict(episodes=n, cutoffs=(.25, .5)))
     return [Job(on('look at ssp'), after=on('ssp+lcm'), look=inside, recipe='ssp'), Job(on('look at lem'), after=on('ssp+lem+lcm'), look={k: inside[k] for k in ('cka', 'sharpness')}, recipe='ssp+lem'),
-            Job(on('look at apm_m+acpa'), after=on('ssp+apm_m+acpa'), look=dict(frequency=dict(episodes=n, levels=('feature',), cutoffs=(.25,))))]
+            Job(on('look at apm_m+acpa'), after=on('ssp+apm_m+acpa'), look=dict(frequency=dict(episodes=max(4, n//6), levels=('feature',), cutoffs=(.25,))))]
 
 def plan(o:RealOptions) -> list[Job]:
     "All jobs of a study, in order. Raises `InputError` for a folder without data or weights."
