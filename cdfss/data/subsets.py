@@ -96,6 +96,6 @@ def manifest_hash(name:str, episodes:int, shot:int, subset:Subset|None=None) -> 
     subset = subset or read_subset(name)
     ids = sorted(subset.files)
     chosen = [(c, tuple(ids[k] for k in places)) for c, *places in subset.episodes[:episodes]]
-    m = Manifest(name, DATASETS[name].splits[0], subset.rule, subset.seed, subset.shot, [(0, (0,)*subset.shot, c) for c, _ in chosen], [i for _, i in chosen], None).first(shot)
+    m = Manifest(name, DATASETS[name].splits[0], subset.rule, subset.seed, subset.shot, [(0, (0,)*subset.shot, c) for c, _ in chosen], [i for _, i in chosen], DataSet(name, Path(), '', (), [])).first(shot)
     m.files = {i: tuple(subset.files[i]) for i in sorted({i for each in m.ids for i in each})}
     return m.hash

@@ -8,7 +8,7 @@ __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'BASES', 
            'claims_table', 'claims_text', 'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
-import json, math, os, re, time
+import json, math, os, re, threading, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_all_start_methods, get_context
@@ -143,7 +143,12 @@ def _look(path:str, recipe:str, look:dict[str, dict]) -> str:
     return path
 
 def _child(send, threads:int, what:Callable, given:tuple):
-    "In a process of its own: what it returns, or the error in one line."
+    "In a process of its own, which ends when the study does: what it returns, or the error in one line."
+    above = os.getppid()
+    def watch():
+        while os.getppid() == above: time.sleep(2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(threads)
     try: send.send((True, what(*given)))
     except Exception as e: send.send((False, str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'.split('\n')[0]))
