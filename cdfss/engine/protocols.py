@@ -33,6 +33,7 @@ class Protocol:
     `folds`: '' (none), 'blocks' (fold f tests n consecutive classes) or 'interleaved' (every fourth class); `fold_size` is n.
     `eval_size`: pixels are counted at the 'working' size, or at each mask's own ('native', `engine/33_evaluate`). `min_area`: native pixels from which an image
     counts as one of a class, on real data.
+    `list_shot`: where shots nest, the list is drawn for at least so many, and fewer shots are its first supports, whichever are asked for.
     `novel`: training images that show a class of the test fold are 'kept' or 'dropped'; '' where source and target differ."""
     name: str
     summary: str
@@ -49,6 +50,7 @@ class Protocol:
     source: str = ''
     eval_size: str = 'working'
     min_area: int = 1
+    list_shot: int = 1
 
     def target(self, dataset:str) -> Target:
         "The rules for one data set; a data set the protocol does not name is taken whole, in its default split."
@@ -116,7 +118,7 @@ for _p in (
              source='cdfss.data.manifests'),
     Protocol('subset', 'house rule on parts of real data sets, known file by file (data/13_subsets)',
              tuple(Target(n, '', images, 200, 'subset') for n, images in (('davis', 200), ('isic', 600), ('chest', 120), ('nuclei', 80), ('cracks', 118))), 'balanced', 'class_miou',
-             _OWN, _DISTINCT, train='PASCAL VOC 2012, 900 photographs, classes skewed (subset)', min_area=BAM_AREA, source='cdfss.data.subsets'),
+             _OWN, _DISTINCT, train='PASCAL VOC 2012, 900 photographs, classes skewed (subset)', min_area=BAM_AREA, list_shot=5, source='cdfss.data.subsets'),
     Protocol('pascal-5i', '5 novel classes of PASCAL VOC per fold, 1,000 episodes', (Target('voc', 'val', None, VOC_EPISODES),), 'hsnet', 'class_miou',
              'best epoch on the test fold', _DRAWN, train='PASCAL VOC2012 + SBD, the 15 other classes', folds='blocks', fold_size=5, novel='kept',
              source='HSNet (ICCV 2021) code; protocol.md 3, 8'),

@@ -261,7 +261,7 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
         while True:
             if not given:
                 nest, how = RULES[rules.rule].nests if s.nest is None else s.nest, (s.test_seed, s.test_episodes)
-                drawn = draw_nested(rules.rule, candidate.dataset, {1, *shots}, *how) if nest else {k: draw(rules.rule, candidate.dataset, k, *how) for k in sorted({1, *shots})}
+                drawn = draw_nested(rules.rule, candidate.dataset, {1, *shots, rules.list_shot}, *how) if nest else {k: draw(rules.rule, candidate.dataset, k, *how) for k in sorted({1, *shots})}
                 drawn = {k: sized(m) for k, m in drawn.items()}
             ready = _ready(candidate, _used(drawn.values()))
             if ready is candidate: break

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
-           'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'combined_jobs', 'more_jobs', 'plan',
-           'Ledger', 'work', 'check_data', 'real_study', 'base_name', 'label_of', 'finished', 'check_lists',
-           'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change', 'as_study', 'changes', 'Own',
-           'claims_table', 'claims_text', 'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
+           'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'tuned_jobs', 'combined_jobs',
+           'more_jobs', 'look_jobs', 'plan', 'Ledger', 'work', 'check_data', 'real_study', 'base_name', 'label_of',
+           'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change', 'as_study',
+           'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
 import json, math, os, re, threading, time
@@ -35,7 +35,7 @@ NEAR = 'davis'
 BACKBONES = dict(resnet18=dict(backbone='resnet18', weights='resnet18_in1k_to_layer3.safetensors'),
                  mobilenetv2=dict(backbone='mobilenetv2_100', weights='mobilenetv2_100_in1k_1001.safetensors', pixels='half', last_stage='stage4'),
                  miniature=dict(backbone='miniature', weights='auto'))
-PARTS = ('core', 'combined', 'inside', 'more', 'mobilenet')
+PARTS = ('core', 'tuned', 'combined', 'inside', 'more', 'mobilenet')
 
 @dataclass(frozen=True)
 class RealOptions(Options):
@@ -43,7 +43,7 @@ class RealOptions(Options):
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
     setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, two hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
-    parts:str     = option(','.join(PARTS), "what of the plan: core, combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
+    parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
     workers:int   = option(0, "runs side by side; 0: one per core, four on a GPU", low=0)
     device:str    = option('auto', "auto, cpu, cuda")
@@ -71,7 +71,7 @@ class Size:
 _common = dict(protocol='subset', source=SOURCE, on_error='skip', samples=0, batch=8, lr=1e-4, schedule='constant', freeze='none', shots='1,5', track='all')
 SIZES = dict(
     smoke=Size(_common | dict(size=64, min_area=1, epochs=1, fit_episodes=8, test_episodes=3, track_episodes=2), dict(test_episodes=2), '1', 4, backbone='miniature'),
-    reduced=Size(_common | dict(size=224, epochs=5, fit_episodes=120, test_episodes=60, track_episodes=40, precision='bf16'), dict(test_episodes=6, shots='1', targets=','.join(t for t in TARGETS if t != NEAR)), '1', 24, dict(track='none')),
+    reduced=Size(_common | dict(size=224, epochs=5, fit_episodes=120, test_episodes=60, track_episodes=40, precision='bf16'), dict(test_episodes=6, shots='1', targets=','.join(t for t in TARGETS if t != NEAR)), '1', 12, dict(track='none')),
     full=Size(_common | dict(size=400, epochs=20, fit_episodes=200, test_episodes=200, track_episodes=60, precision='bf16'), dict(test_episodes=60), '1,5', 60))
 
 # %% ../../nbs/report/61_real.ipynb #97c217e0
@@ -90,12 +90,15 @@ def _score(name:str, seed:int, after:str, common:dict, **settings) -> Job:
     return Job(f'{name}, seed {seed}', common | dict(seed=seed, targets=','.join(TARGETS), epochs=0, track='none', compare=False) | settings, f'{after}, seed {seed}')
 
 def core_jobs(size:Size, seed:int, common:dict) -> list[Job]:
-    "SSP, LEM, LCM, LoEC, frozen stages, HSL and its parts, IFA before and after tuning, and LFM's modules."
+    "SSP, LEM, LCM, LoEC, frozen stages, HSL and its parts, and IFA's source training."
     fit = lambda name, **settings: _fit(name, seed, common, **settings)
-    score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
     return [fit('ssp+lcm', method='lcm', keep_epochs=True), fit('ssp+lem+lcm', method='loec', keep_epochs=True), fit('ssp+lcm, stem+stage1 frozen', method='lcm', freeze='stem+stage1'),
-            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm', **size.quiet), fit('bfp', method='ifa', ifa_stage='bfp', **size.quiet), score('ssp+pcmt', 'ssp+lcm', method='ssp+pcmt'),
-            score('ifa', 'bfp', method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), score('ssp+apm_m+acpa', 'ssp+lcm', method='ssp+apm_m+acpa', **size.tuned)]
+            fit('hsl', method='hsl'), fit('ssp+dsr', method='ssp+dsr'), fit('ssp+hsm', method='ssp+hsm', **size.quiet), fit('bfp', method='ifa', ifa_stage='bfp', **size.quiet),
+            _score('ssp+pcmt', seed, 'ssp+lcm', common, method='ssp+pcmt')]
+
+def tuned_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "What is tuned on the targets: IFA on its pool, LFM's modules on the supports of each episode."
+    return [_score('ifa', seed, 'bfp', common, method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), _score('ssp+apm_m+acpa', seed, 'ssp+lcm', common, method='ssp+apm_m+acpa', **size.tuned)]
 
 def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "Combinations across papers, on weights that are there."
@@ -108,12 +111,15 @@ def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
             _score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu'), _score('ifa, near', seed, 'bfp', common, method='ifa', targets=NEAR, shots=size.near_shots),
             _score('lem+apm_m+acpa', seed, 'ssp+lem+lcm', common, method='ssp+lem+apm_m+acpa', **size.tuned)]
 
-def _look_jobs(size:Size, seed:int) -> list[Job]:
+def look_jobs(size:Size, seed:int) -> list[Job]:
+    "Looks inside SSP and LEM before and after source training, and inside LFM's tuning; the slow ones last."
     n, on = size.looked, lambda name: f'{name}, seed {seed}'
-    inside = dict(activations=dict(episodes=n), cka=dict(episodes=n), errors=dict(episodes=n), sharpness=dict(episodes=n, kinds=('feature',), strengths=(.5, 1.)),
-                  frequency=dict(episodes=n, cutoffs=(.25, .5)))
-    return [Job(on('look at ssp'), after=on('ssp+lcm'), look=inside, recipe='ssp'), Job(on('look at lem'), after=on('ssp+lem+lcm'), look={k: inside[k] for k in ('cka', 'sharpness')}, recipe='ssp+lem'),
-            Job(on('look at apm_m+acpa'), after=on('ssp+apm_m+acpa'), look=dict(frequency=dict(episodes=max(4, n//6), levels=('feature',), cutoffs=(.25,))))]
+    look = lambda name, after, recipe, **asked: Job(on(f'look at {name}'), after=on(after), recipe=recipe, look=asked)
+    sharp = dict(episodes=n, kinds=('feature',), strengths=(.5, 1.))
+    return [look('ssp', 'ssp+lcm', 'ssp', activations=dict(episodes=n), cka=dict(episodes=n), errors=dict(episodes=n)), look('lem', 'ssp+lem+lcm', 'ssp+lem', cka=dict(episodes=n)),
+            look('ssp, disturbed', 'ssp+lcm', 'ssp', sharpness=sharp), look('ssp, filtered', 'ssp+lcm', 'ssp', frequency=dict(episodes=n, cutoffs=(.25, .5))),
+            look('lem, disturbed', 'ssp+lem+lcm', 'ssp+lem', sharpness=sharp),
+            look('apm_m+acpa', 'ssp+apm_m+acpa', '', frequency=dict(episodes=max(4, n//6), levels=('feature',), cutoffs=(.25,)))]
 
 def plan(o:RealOptions) -> list[Job]:
     "All jobs of a study, in order. Raises `InputError` for a folder without data or weights."
@@ -125,11 +131,11 @@ def plan(o:RealOptions) -> list[Job]:
         if b['weights'] != 'auto' and not file.is_file(): raise InputError(f"{file}: no such file; put the ImageNet weights of {b['backbone']} there")
         return size.settings | b | dict(data_root=str(o.data), runs=o.runs, device=o.device, weights=b['weights'] if b['weights'] == 'auto' else str(file))
     own = common(size.backbone)
-    jobs = []
-    for part, made in dict(core=core_jobs, combined=combined_jobs).items(): jobs += [j for seed in seeds for j in made(size, seed, own) if part in o.chosen]
-    if 'inside' in o.chosen: jobs += _look_jobs(size, seeds[0])
-    if 'more' in o.chosen: jobs += [j for seed in seeds for j in more_jobs(size, seed, own)] + [Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3))]
-    if 'inside' in o.chosen: jobs += [j for seed in seeds[1:] for j in _look_jobs(size, seed)]
+    of = lambda part, made, at=seeds: [j for seed in at for j in made(seed)] if part in o.chosen else []
+    sized = lambda made: lambda seed: made(size, seed, own)
+    jobs = [*of('core', sized(core_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('tuned', sized(tuned_jobs)), *of('combined', sized(combined_jobs)),
+            *of('inside', lambda seed: look_jobs(size, seed)[2:], seeds[:1]), *of('more', sized(more_jobs)), *of('inside', lambda seed: look_jobs(size, seed), seeds[1:])]
+    if 'more' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
     if 'mobilenet' in o.chosen and o.setting != 'smoke':
         other = common('mobilenetv2') | dict(targets=','.join(TARGETS), precision='float32')
         jobs += [Job(f'{m}, MobileNetV2, seed {s}', other | dict(method=m, seed=s)) for s in seeds for m in ('lcm', 'loec')]
