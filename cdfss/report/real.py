@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
            'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'tuned_jobs', 'combined_jobs',
-           'more_jobs', 'look_jobs', 'plan', 'Ledger', 'work', 'check_data', 'real_study', 'base_name', 'label_of',
-           'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change', 'as_study',
-           'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
+           'renormed_jobs', 'more_jobs', 'look_jobs', 'plan', 'Ledger', 'work', 'check_data', 'real_study', 'base_name',
+           'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change',
+           'as_study', 'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about', 'report',
+           'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
 import json, math, os, re, threading, time
@@ -105,11 +106,14 @@ def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
     return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt')]
 
+def renormed_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "LEM with each channel's own mean and spread kept: is it the size of the disturbance that harms?"
+    return [_fit('ssp+lem+lcm, renorm', seed, common, method='loec', lem_renorm='std')]
+
 def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
-    "What tests a likely reason."
-    return [_fit('ssp+lem+lcm, renorm', seed, common, method='loec', lem_renorm='std'), _fit('ssp+lcm, stem frozen', seed, common, method='lcm', freeze='stem'),
-            _score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu'), _score('ifa, near', seed, 'bfp', common, method='ifa', targets=NEAR, shots=size.near_shots),
-            _score('lem+apm_m+acpa', seed, 'ssp+lem+lcm', common, method='ssp+lem+apm_m+acpa', **size.tuned)]
+    "What else tests a likely reason, or completes a table."
+    return [_score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu'), _fit('ssp+lcm, stem frozen', seed, common, method='lcm', freeze='stem'),
+            _score('ifa, near', seed, 'bfp', common, method='ifa', targets=NEAR, shots=size.near_shots), _score('lem+apm_m+acpa', seed, 'ssp+lem+lcm', common, method='ssp+lem+apm_m+acpa', **size.tuned)]
 
 def look_jobs(size:Size, seed:int) -> list[Job]:
     "Looks inside SSP and LEM before and after source training, and inside LFM's tuning; the slow ones last."
@@ -133,7 +137,7 @@ def plan(o:RealOptions) -> list[Job]:
     own = common(size.backbone)
     of = lambda part, made, at=seeds: [j for seed in at for j in made(seed)] if part in o.chosen else []
     sized = lambda made: lambda seed: made(size, seed, own)
-    jobs = [*of('core', sized(core_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('tuned', sized(tuned_jobs)), *of('combined', sized(combined_jobs)),
+    jobs = [*of('core', sized(core_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('tuned', sized(tuned_jobs)), *of('more', sized(renormed_jobs)), *of('combined', sized(combined_jobs)),
             *of('inside', lambda seed: look_jobs(size, seed)[2:], seeds[:1]), *of('more', sized(more_jobs)), *of('inside', lambda seed: look_jobs(size, seed), seeds[1:])]
     if 'more' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
     if 'mobilenet' in o.chosen and o.setting != 'smoke':
