@@ -24,6 +24,7 @@ from ..engine.grid import run_settings
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import TrainSettings, numbers
+from ..methods.seams import parse_recipe
 from . import plots
 from .ablations import CHANGES, Change, claims, row_name
 from .claims import check, verdict
@@ -102,9 +103,10 @@ def tuned_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     return [_score('ifa', seed, 'bfp', common, method='ifa', targets=','.join(t for t in TARGETS if t != NEAR)), _score('ssp+apm_m+acpa', seed, 'ssp+lcm', common, method='ssp+apm_m+acpa', **size.tuned)]
 
 def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
-    "Combinations across papers, on weights that are there."
+    "Combinations across papers, and other numbers for LCM, on weights that are there."
     score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
-    return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt')]
+    return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('loec+pcmt', 'ssp+lem+lcm', method='ssp+lem+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt'),
+            score('ssp+lcm, beta mean', 'ssp+lcm', method='lcm', lcm_beta_rule='mean'), score('ssp+lcm, beta .9', 'ssp+lcm', method='lcm', lcm_beta=.9)]
 
 def renormed_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "LEM with each channel's own mean and spread kept: is it the size of the disturbance that harms?"
@@ -263,7 +265,7 @@ def label_of(run:Run, method:str) -> str:
     p, usual = run.params, TrainSettings()
     said = [row_name(p, label(run, method))]
     if p['lr'] != _common['lr'] and p['epochs']: said.append(f"rate {p['lr']:g}")
-    said += [f"{k.replace('_', ' ')} {p[k]}" for k in ('lem_renorm', 'lem_strength', 'lem_p') if 'lem' in method and p.get(k, getattr(usual, k)) != getattr(usual, k)]
+    said += [f"{k.replace('_', ' ')} {p[k]}" for k in ('lem_renorm', 'lcm_beta', 'lcm_beta_rule') if k[:3] in parse_recipe(method.split(',')[0]).modules and p.get(k, getattr(usual, k)) != getattr(usual, k)]
     return ', '.join(said)
 
 def finished(o:RealOptions) -> dict[str, Run]:
@@ -383,7 +385,10 @@ OWN = (Own('LFM', 'APM-M and ACPA gain over their host on far targets (HSNet: mo
        Own('across', 'PCMT gains beside LCM', 'ssp+lcm+pcmt', 'ssp+lcm', 'no paper'),
        Own('across', 'APM-M and ACPA gain beside LEM', 'ssp+lem+apm_m+acpa', 'ssp+lem', 'no paper'),
        Own('here', "LEM loses less when each channel keeps its own mean and std (renorm std)", 'ssp+lem, lem renorm std', 'ssp+lem', 'no paper'),
-       Own('here', 'LEM with renorm std gains over SSP', 'ssp+lem, lem renorm std', 'ssp', 'no paper'))
+       Own('here', 'LEM with renorm std gains over SSP', 'ssp+lem, lem renorm std', 'ssp', 'no paper'),
+       Own('here', "LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lcm, lcm beta rule mean', 'ssp+lcm', 'no paper'),
+       Own('here', 'LCM with beta 0.9 gains over 0.7', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm', 'no paper'),
+       Own('here', "LCM against each patch's mean similarity gains over SSP", 'ssp+lcm, lcm beta rule mean', 'ssp', 'no paper'))
 CLAIM_COLUMNS = ['paper', 'claim', 'figure', 'metric', 'mini_value', 'mini_low', 'mini_high', 'miniature', 'value', 'low', 'high', 'real', 'data', 'source']
 
 def _paper_figure(text:str) -> str:
