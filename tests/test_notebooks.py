@@ -8,6 +8,7 @@ from cdfss.engine.runs import Run, parameters_cell
 from cdfss.diagnostics.diagnosis import DiagnoseOptions
 from cdfss.engine.train import EVALUATE_SECTIONS, SECTIONS, EvaluateSettings, TrainSettings
 from cdfss.report.figures import FigureOptions, StudyOptions
+from cdfss.report.sweeps import SweepOptions
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -49,7 +50,7 @@ def test_library_notebooks_export(path):
     assert not [o for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
 
 @pytest.mark.parametrize('name,settings,sections', [('train', TrainSettings, SECTIONS), ('evaluate', EvaluateSettings, EVALUATE_SECTIONS), ('study', StudyOptions, {}),
-                                                    ('figures', FigureOptions, {}), ('diagnose', DiagnoseOptions, {})])
+                                                    ('figures', FigureOptions, {}), ('sweep', SweepOptions, {}), ('diagnose', DiagnoseOptions, {})])
 def test_the_parameters_cell_is_that_of_the_settings(name, settings, sections):
     [cell] = tagged(ROOT/'nbs'/f'{name}.ipynb')
     assert source(cell) == parameters_cell(settings, sections)
