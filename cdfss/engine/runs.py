@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 import cdfss
-from ..basics import InputError, Options, atomic_write, check_option, unknown, write_json
+from ..basics import Busy, InputError, Options, atomic_write, check_option, unknown, write_json
 
 # %% ../../nbs/engine/35_runs.ipynb #9261505c
 def injected(cells:list[str]) -> set[str]:
@@ -103,7 +103,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path/'.lock')
         try: lock.acquire(timeout=0)
-        except Timeout: raise InputError(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
+        except Timeout: raise Busy(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
         try:
             for left in self.path.rglob('.*.part'): left.unlink()                            # half written by a process that was killed
             yield self

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['ADDED', 'NOT_HASHED', 'SCALES', 'ADAPT', 'ADAPTED_EPISODES', 'TrainSettings', 'SECTIONS', 'EvaluateSettings',
            'EVALUATE_SECTIONS', 'RunOptions', 'standing', 'evaluation', 'numbers', 'names', 'part', 'resolve',
-           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'beside', 'train', 'save_weights', 'plug',
-           'epochs_kept', 'load_segmenter']
+           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'deciding', 'open_run', 'beside', 'train', 'save_weights',
+           'plug', 'epochs_kept', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
 import contextlib, dataclasses, shutil, time
@@ -285,13 +285,16 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     return RunData(source, validation, targets, manifests, followed, prints, guard, list(dict.fromkeys(n for d in sets for n in d.notes)))
 
 # %% ../../nbs/engine/36_train.ipynb #c9f13945
-def open_run(s:Options, data:RunData) -> Run:
-    "The folder of these settings on these data, whether it exists or not."
-    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED and (k not in ADDED or v != ADDED[k])}
-    weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
+def deciding(s:Options) -> dict:
+    "What of resolved settings decides a run's numbers, beside the content of files: not where things lie, nor options of methods that the recipe does not name."
     ignored = method_options().keys() - set(used_options(s.method))
     if not parse_recipe(s.method).adapts: ignored |= set(ADAPT)
-    hashed = {k: v for k, v in keys.items() if k not in ignored} | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
+    return {k: v for k, v in s.dict().items() if k not in NOT_HASHED and k not in ignored and (k not in ADDED or v != ADDED[k])}
+
+def open_run(s:Options, data:RunData) -> Run:
+    "The folder of these settings on these data, whether it exists or not."
+    weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
+    hashed = deciding(s) | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
     if s.checkpoint: hashed['checkpoint'] = file_hash(Path(s.checkpoint)/'weights.safetensors' if Path(s.checkpoint).is_dir() else s.checkpoint)
     return Run(Path(s.runs)/f'{s.method}-{run_hash(hashed)}')
 
