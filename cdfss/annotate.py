@@ -4,13 +4,13 @@
 __all__ = ['TOOLS', 'strokes_to_mask', 'strokes_to_boxes', 'canvas', 'Board']
 
 # %% ../nbs/use/75_annotate.ipynb #a77512eb
-import base64, io, itertools, json
+import base64, html, io, itertools, json
 from pathlib import Path
 import ipywidgets as W
 import numpy as np
 from PIL import Image, ImageDraw
 from .basics import InputError
-from .data.layouts import VOID
+from .data.layouts import FORMATS, PICTURE_ERRORS, VOID
 from .use.folder import FolderOptions, _example
 from .use.pictures import Picture, pictures_in, read_picture
 from .use.results import Result, palette, save_coco
@@ -111,8 +111,10 @@ class Board:
         def read():
             files = change['new']
             for f in files:
-                try: im = Image.open(io.BytesIO(bytes(f['content'])))
-                except OSError: raise InputError(f"{f['name']}: not a picture") from None
+                try:
+                    im = Image.open(io.BytesIO(bytes(f['content'])), formats=FORMATS)
+                    im.load()
+                except PICTURE_ERRORS: raise InputError(f"{f['name']}: not a picture") from None
                 self.add([Picture(read_picture(im, f['name']).pixels, f['name'])])
             return f'{len(files)} added'
         self._told(read)
@@ -125,8 +127,8 @@ class Board:
     def _told(self, do):
         "Do something, and say how it went in the note."
         self.note.value = 'working'
-        try: self.note.value = do()
-        except InputError as e: self.note.value = f'<span style="color:#D55E00">{e}</span>'
+        try: self.note.value = html.escape(do())
+        except InputError as e: self.note.value = f'<span style="color:#D55E00">{html.escape(str(e))}</span>'
 
     def show(self):
         "The chosen picture with its strokes under the chosen tool."
@@ -156,7 +158,7 @@ class Board:
         im, png = r.overlay(), io.BytesIO()
         im.thumbnail((240, 240))
         im.save(png, 'PNG')
-        return W.VBox([W.HTML(f'{r.name}'), W.Image(value=png.getvalue(), format='png')])
+        return W.VBox([W.HTML(html.escape(r.name)), W.Image(value=png.getvalue(), format='png')])
 
     def save(self) -> str:
         "Masks, COCO and fitted state to the folder `out` of the settings. Raises `InputError` before anything was segmented."

@@ -4,7 +4,7 @@
 __all__ = ['Dials', 'apm_mask', 'noisy', 'View', 'Explorer', 'picture', 'choices', 'ExploreOptions', 'Panel']
 
 # %% ../nbs/report/57_explore.ipynb #711d3ada
-import io, time
+import html, io, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import ipywidgets as W
@@ -196,7 +196,7 @@ class Panel:
     def _reopen(self, _):
         self.note.value = 'opening'
         try: self._open()
-        except InputError as e: self.note.value = f'<span style="color:{RED}">{e}</span>'
+        except InputError as e: self.note.value = f'<span style="color:{RED}">{html.escape(str(e))}</span>'
 
     def _open(self, target:str|None=None, shot:int=1, episode:int=0):
         self.explorer = e = Explorer(open_subject(self.what.value, **self.settings))

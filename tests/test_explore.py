@@ -1,5 +1,4 @@
-"The explorer: what its dials do to numbers, and the notebook in a real browser."
-import os, re, shutil, socket, subprocess, sys, time, urllib.request
+"The explorer: what its dials do to numbers."
 import numpy as np, pytest, torch
 from dataclasses import replace
 from cdfss.basics import InputError
@@ -69,67 +68,3 @@ def test_the_panel_follows_its_widgets_and_tells_bad_names():
     assert "unknown method 'nonsense'" in panel.note.value and panel.image.value == shown
     panel.what.value = 'ssp'
     assert panel.explorer.subject.name == 'ssp' and panel.noise['stage1'].value == 0
-
-# ---- in the browser ---------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope='module')
-def chromium():
-    found = shutil.which('chromium')
-    if found is None:
-        why = 'no chromium here: apt-get install chromium'
-        if os.environ.get('CDFSS_BROWSER') == 'required': pytest.fail(why)
-        pytest.skip(why)
-    return found
-
-@pytest.fixture(scope='module')
-def lab(repo, tmp_path_factory):
-    "JupyterLab on a folder of its own that holds the notebook with small parameters: the address."
-    from papermill.iorw import load_notebook_node, write_ipynb
-    from papermill.parameterize import parameterize_notebook
-    folder, config = tmp_path_factory.mktemp('lab'), tmp_path_factory.mktemp('config')
-    write_ipynb(parameterize_notebook(load_notebook_node(str(repo/'nbs'/'explore.ipynb')), SMALL), str(folder/'explore.ipynb'))
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    own = {k: str(config/k) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR')}
-    options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=', '--ServerApp.password=', f'--ServerApp.root_dir={folder}',
-               '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f'http://127.0.0.1:{port}'
-    try:
-        for _ in range(120):
-            try: urllib.request.urlopen(address + '/api', timeout=1)
-            except OSError: time.sleep(.5)
-            else: break
-        else: pytest.fail('JupyterLab did not start')
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-@pytest.mark.slow
-def test_in_a_browser(chromium, lab, tmp_path):
-    from playwright.sync_api import expect, sync_playwright
-    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-    with sync_playwright() as p:
-        page = p.chromium.launch(executable_path=chromium, args=quiet).new_page(viewport=dict(width=1500, height=1300))
-        page.set_default_timeout(90_000)
-        page.goto(f'{lab}/lab/tree/explore.ipynb?reset')
-        page.locator('.jp-NotebookPanel .jp-Cell').first.wait_for()
-        page.get_by_text('| Idle').first.wait_for()
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.get_by_text('Run All Cells', exact=True).click()
-        image, note = page.locator('img.widget-image').first, page.get_by_text('the recipe alone')
-        image.wait_for()
-        page.locator('.jp-OutputArea-output img:not(.widget-image)').first.wait_for()             # the static picture
-        before, said = image.screenshot(), note.inner_text()
-        slider = page.locator('.widget-slider', has_text='noise, stem').locator('.noUi-target')
-        box = slider.bounding_box()
-        page.mouse.click(box['x'] + .6*box['width'], box['y'] + .5*box['height'])
-        expect(note).not_to_have_text(said)
-        page.wait_for_timeout(500)
-        after = image.screenshot()
-        folder = os.environ.get('CDFSS_SCREENSHOTS', str(tmp_path))
-        page.screenshot(path=f'{folder}/explore.png')
-        errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
-        assert errors.count() == 0, errors.first.inner_text()
-        assert after != before and note.inner_text() != said and re.search(r'change [+-]\d', note.inner_text())

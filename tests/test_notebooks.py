@@ -9,6 +9,7 @@ from cdfss.diagnostics.diagnosis import DiagnoseOptions
 from cdfss.engine.train import EVALUATE_SECTIONS, SECTIONS, EvaluateSettings, TrainSettings
 from cdfss.report.figures import FigureOptions, StudyOptions
 from cdfss.report.real import ClaimOptions, RealOptions
+from cdfss.report.sweeps import SweepOptions
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -50,7 +51,7 @@ def test_library_notebooks_export(path):
     assert not [o for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
 
 @pytest.mark.parametrize('name,settings,sections', [('train', TrainSettings, SECTIONS), ('evaluate', EvaluateSettings, EVALUATE_SECTIONS), ('study', StudyOptions, {}),
-                                                    ('figures', FigureOptions, {}), ('diagnose', DiagnoseOptions, {}), ('real', RealOptions, {}), ('claims', ClaimOptions, {})])
+                                                    ('figures', FigureOptions, {}), ('sweep', SweepOptions, {}), ('diagnose', DiagnoseOptions, {}), ('real', RealOptions, {}), ('claims', ClaimOptions, {})])
 def test_the_parameters_cell_is_that_of_the_settings(name, settings, sections):
     [cell] = tagged(ROOT/'nbs'/f'{name}.ipynb')
     assert source(cell) == parameters_cell(settings, sections)

@@ -4,7 +4,7 @@ import pandas as pd, pytest
 from cdfss.basics import InputError, write_json
 from cdfss.diagnostics import stages as module
 from cdfss.diagnostics.stages import PAPER, freezings, run_stages, stages, study
-from cdfss.engine.grid import run_settings
+from cdfss.engine.grid import run_cell
 from cdfss.engine.metrics import METRICS, seed_interval
 from cdfss.engine.runs import Run
 
@@ -63,7 +63,7 @@ def test_the_papers_table_stands_apart(tmp_path):
     assert np.allclose(PAPER[['fss', 'deepglobe', 'isic', 'chest']].mean(axis=1), PAPER['mean'], atol=.01)
 
 def test_a_real_grid_continues(tmp_path, miniature, monkeypatch):
-    monkeypatch.setattr(module, 'run_grid', lambda settings, workers, say: [Run(run_settings(s)) for s in settings])        # in this process: quicker
+    monkeypatch.setattr(module, 'run_grid', lambda settings, workers, say: [Run(run_cell(s)['run']) for s in settings])        # in this process: quicker
     tiny = dict(data_root=str(miniature), size=64, backbone='miniature', epochs=1, fit_episodes=8, test_episodes=6, track='none', shots='1', targets='isic', samples=0, runs=str(tmp_path), device='cpu')
     runs = run_stages((0,), ('none', 'stem'), **tiny)
     before = [(r.path/'metrics.json').stat().st_mtime_ns for r in runs]

@@ -122,12 +122,13 @@ def _whole(archive: Path, into: Path) -> bool:
     if not into.exists(): return False
     try:
         record = json.loads((into/RECORD).read_text())
-        then, files = record['archive'], record['files']
-    except (OSError, ValueError, KeyError, TypeError): raise InputError(f"{into}: is there already and was not unpacked by this program: remove it or choose another folder") from None
+        then, files = record['archive'], {str(n): int(f['size']) for n, f in record['files'].items()}
+        then = {k: then[k] for k in ('name', 'size', 'mtime_ns', 'sha256')}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): raise InputError(f"{into}: is there already and was not unpacked by this program: remove it or choose another folder") from None
     now = archive.stat()
     if now.st_size != then['size'] or (now.st_mtime_ns != then['mtime_ns'] and file_hash(archive) != then['sha256']):
         raise InputError(f"{into}: was unpacked from another {then['name']}: remove the folder or choose another")
-    return all((into/n).is_file() and (into/n).stat().st_size == f['size'] for n, f in files.items())
+    return all((into/n).is_file() and (into/n).stat().st_size == size for n, size in files.items())
 
 def extract(archive: str | Path, into: str | Path, max_bytes: int=MAX_BYTES, max_ratio: float=MAX_RATIO) -> Path:
     """Unpacks a zip or tar archive (gz, bz2, xz) into the folder `into`, whole or not at all; does nothing when that was done before.
@@ -199,7 +200,7 @@ def file_manifest(folder: str | Path, progress: Callable[[int, int], None] | Non
 def compare_manifest(folder: str | Path, manifest: str | Path) -> list[str]:
     "A line for every file that is missing, other than the manifest (JSON, path -> sha256) says, or not in it. Raises `InputError` for no manifest."
     try: known = dict(json.loads(Path(manifest).read_text()))
-    except (OSError, ValueError, TypeError) as e: raise InputError(f"{manifest}: no readable JSON of path -> sha256 ({e}): make one with file_manifest") from e
+    except (OSError, ValueError, TypeError, RecursionError) as e: raise InputError(f"{manifest}: no readable JSON of path -> sha256 ({type(e).__name__}): make one with file_manifest") from e
     found = file_manifest(folder)
     words = [('missing', known.keys() - found), ('not in the manifest', found.keys() - known), ('other content', {n for n in known.keys() & found if known[n] != found[n]})]
     return [f"{n}: {word}" for word, names in words for n in sorted(names)]

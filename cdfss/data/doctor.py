@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from ..basics import InputError, file_hash, unknown
 from .images import _open
-from .layouts import DATASETS, FSS_SPLITS, ISIC, THREADS, VOID, DataSet, _descend, _isic_table, _lines, open_dataset
+from .layouts import DATASETS, FORMATS, FSS_SPLITS, ISIC, PICTURE_ERRORS, THREADS, VOID, DataSet, _descend, _isic_table, _lines, open_dataset
 from .prepare import ISIC_NUMBERINGS
 
 # %% ../../nbs/data/10_doctor.ipynb #78ab674c
@@ -41,13 +41,13 @@ def look(path: Path, decode: bool=False, index: bool=False) -> Look:
             im = _open(path)
             if index and im.mode not in ('P', 'L'): return Look(sha, im.size, fault=f'mode {im.mode}, expected an 8-bit index PNG')
             return Look(sha, im.size, tuple((im if index else im.convert('L')).histogram()))
-        with Image.open(path) as im:
+        with Image.open(path, formats=FORMATS) as im:
             size, kind = im.size, im.format
             if kind == 'JPEG' and im.getexif().get(0x0112) in (5, 6, 7, 8): size = size[::-1]
         if kind not in _END or _END[kind] not in _tail(path): _open(path)
         return Look(sha, size)
     except InputError as e: return Look(fault=str(e).removeprefix(f'{path}: '))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: return Look(fault=f'cannot be read ({type(e).__name__})')
+    except PICTURE_ERRORS as e: return Look(fault=f'cannot be read ({type(e).__name__})')
 
 # %% ../../nbs/data/10_doctor.ipynb #58d87e6b
 PUBLISHED = {'deepglobe': {5666: "PATNet's paper", 9175: "PATNet's released script", 20542: "IFA's patches", 1833: "the patches of ABCDFSS (KTD1108's count)"},

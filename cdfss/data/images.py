@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from ..basics import InputError, Registry, cache_dir, unknown
-from .layouts import VOID, DataSet, raise_or_keep
+from ..basics import InputError, Registry, cache_dir, shortened, unknown
+from .layouts import FORMATS, PICTURE_ERRORS, VOID, DataSet, raise_or_keep
 from ..episode import Episode
 
 # %% ../../nbs/data/02_images.ipynb #a795e00e
@@ -34,14 +34,13 @@ def plain(im: Image.Image, name: str | Path) -> Image.Image:
 def _open(path: Path) -> Image.Image:
     "The picture as `plain` gives it, completely read. Raises `InputError` naming the file."
     try:
-        with Image.open(path) as im:
+        with Image.open(path, formats=FORMATS) as im:
             im.load()
             return plain(im, path)
     except FileNotFoundError as e: raise InputError(f"{path}: missing file: restore it") from e
     except InputError: raise
     except Image.UnidentifiedImageError as e: raise InputError(f"{path}: not an image file: remove or replace it") from e
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: damaged image ({e}): fetch it again") from e
+    except PICTURE_ERRORS as e: raise InputError(f"{path}: damaged image ({shortened(e)}): fetch it again") from e
 
 def fitted(h: int, w: int, size: int, pad: bool) -> tuple[int, int]:
     "Sides that an h x w picture gets within a square of `size`: all of it, or with `pad` its aspect, rounded down to multiples of 8."
@@ -107,12 +106,18 @@ def _read_meta(path: Path) -> dict | None:
 
 def _put(path: Path, blob: bytes, scratch: Path):
     "Writes a record through a file in `scratch`; atomic by rename. No sync to disk: the checksum finds what a crash tore."
-    try:
-        for folder in (path.parent, scratch): folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=scratch, suffix='.part', delete=False) as f: f.write(blob)
-        os.replace(f.name, path)
-    except OSError as e:
-        raise InputError(f"{path.parent}: cannot write decoded images ({e.strerror}): free space or set CDFSS_CACHE to another folder") from e
+    for last in (False, True):                                           # twice: the cache may be deleted meanwhile
+        part = None
+        try:
+            for folder in (path.parent, scratch): folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=scratch, suffix='.part', delete=False) as f:
+                part = f.name
+                f.write(blob)
+            return os.replace(part, path)
+        except OSError as e:
+            if part: Path(part).unlink(missing_ok=True)
+            if isinstance(e, FileNotFoundError) and not last: continue
+            raise InputError(f"{path.parent}: cannot write decoded images ({e.strerror}): free space or set CDFSS_CACHE to another folder") from e
 
 # %% ../../nbs/data/02_images.ipynb #724e7327
 class ImageMap:

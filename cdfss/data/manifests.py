@@ -93,14 +93,18 @@ class Manifest:
                         raise InputError(f"{file}: not the {kind} that {path} was drawn on (sha256 {sha[:8]}, expected {was[:8]}): restore it or draw a new manifest")
             if made.hash != d['hash']: raise InputError(f"{path}: the hash does not fit the content: the file was edited or cut, draw it again")
         except InputError: raise
-        except (ValueError, KeyError, TypeError, AttributeError) as e: raise InputError(f"{path}: no readable manifest ({e}): draw it again") from e
+        except (ValueError, LookupError, TypeError, AttributeError) as e: raise InputError(f"{path}: no readable manifest ({e}): draw it again") from e
         return made
 
 def _read(path: str | Path) -> dict:
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise InputError(f"{path}: no readable manifest ({e}): draw it again") from e
+    except (OSError, ValueError, RecursionError) as e: raise InputError(f"{path}: no readable manifest ({type(e).__name__}): draw it again") from e
     lacking = [k for k in _FIELDS if not isinstance(d, dict) or k not in d]
     if lacking: raise InputError(f"{path}: no readable manifest (no '{lacking[0]}' in it): draw it again")
+    whole = all(isinstance(d[k], str) for k in ('dataset', 'split', 'rule', 'hash')) and all(type(d[k]) is int for k in ('seed', 'shot')) and isinstance(d['files'], dict)
+    lists = whole and all(isinstance(d[k], list) for k in ('ids', 'cls')) and all(isinstance(e, list) and len(e) == d['shot'] + 1 and all(isinstance(i, str) for i in e) for e in d['ids'])
+    if not lists or not d['ids'] or d['shot'] < 1 or not all(type(c) is int for c in d['cls']) or d.get('eval_size', 'working') not in ('working', 'native'):
+        raise InputError(f"{path}: no readable manifest (a value of another kind than it should have): draw it again")
     return d
 
 # %% ../../nbs/data/04_manifests.ipynb #6140cc02

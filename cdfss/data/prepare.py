@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['JOURNAL', 'PLACES', 'RAW', 'PREPARERS', 'GRID', 'RAREST', 'LAND_COLOURS', 'JPEG_QUALITY', 'ISIC_NUMBERINGS',
-           'COCO_KINDS', 'run_jobs', 'put_mask', 'place', 'sources', 'locate', 'Prepared', 'sbd_mask', 'trainaug',
-           'prepare_voc', 'colour_codes', 'Patch', 'kept_patches', 'cut_tile', 'prepare_deepglobe', 'prepare_isic',
-           'prepare_chest', 'prepare_fss', 'prepare_coco', 'PrepareSettings', 'bar', 'prepare']
+           'COCO_KINDS', 'MOST_PIXELS', 'run_jobs', 'put_mask', 'place', 'sources', 'locate', 'Prepared', 'sbd_mask',
+           'trainaug', 'prepare_voc', 'colour_codes', 'Patch', 'kept_patches', 'cut_tile', 'prepare_deepglobe',
+           'prepare_isic', 'prepare_chest', 'prepare_fss', 'prepare_coco', 'PrepareSettings', 'bar', 'prepare']
 
 # %% ../../nbs/data/09_prepare.ipynb #7e2dc9a6
 import contextlib, inspect, io, json, os, shutil, sys, time
@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image
 from scipy.io import loadmat
-from ..basics import InputError, Options, Registry, atomic_write, option, unknown
+from ..basics import InputError, Options, Registry, atomic_write, option, shortened, unknown
 from .archives import alone, archive_stem, check_archive, compare_manifest, extract, fetch, is_archive
-from .layouts import DEEPGLOBE, FSS_SPLITS, IMAGES, ISIC, VOC, VOID, _isic_table
+from .layouts import DEEPGLOBE, FORMATS, FSS_SPLITS, IMAGES, ISIC, PICTURE_ERRORS, VOC, VOID, _isic_table
 
 # %% ../../nbs/data/09_prepare.ipynb #46249e0f
 JOURNAL = '.prepared.jsonl'
@@ -93,10 +93,10 @@ def place(source: Path, target: Path, how: str='link') -> Path:
 
 def _read(path: Path) -> Image.Image:
     try:
-        im = Image.open(path)
+        im = Image.open(path, formats=FORMATS)
         im.load()
         return im
-    except (OSError, SyntaxError, ValueError) as e: raise InputError(f"{path}: cannot be read as an image ({e}): fetch it again") from e
+    except PICTURE_ERRORS as e: raise InputError(f"{path}: cannot be read as an image ({shortened(e)}): fetch it again") from e
 
 # %% ../../nbs/data/09_prepare.ipynb #b45f693a
 RAW = '.raw'                                # in the data root: unpacked archives
@@ -379,13 +379,50 @@ def prepare_fss(source: str | Path, data_root: str | Path, place_by: str='link',
 
 # %% ../../nbs/data/09_prepare.ipynb #acd0828f
 COCO_KINDS = ('binary', 'index', 'instance')
+MOST_PIXELS = 1 << 28                        # of an image that annotations speak of
 
 def _load_coco(path: Path):
     try: from pycocotools.coco import COCO
     except ImportError: raise InputError("pycocotools is needed for COCO masks: pip install pycocotools") from None
     try:
-        with contextlib.redirect_stdout(io.StringIO()): return COCO(str(path))
-    except (OSError, ValueError, KeyError, AssertionError) as e: raise InputError(f"{path}: no readable instance annotations ({type(e).__name__}): fetch it again") from e
+        with contextlib.redirect_stdout(io.StringIO()): coco = COCO(str(path))
+        _check_coco(coco)
+    except (OSError, ValueError, LookupError, AssertionError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{path}: no readable instance annotations ({type(e).__name__}: {shortened(e)}): fetch it again") from e
+    return coco
+
+def _counts(text: str) -> list[int]:
+    "The run lengths in COCO's compressed text."
+    found, value, shift = [], 0, 0
+    for c in text.encode('ascii'):
+        if not 48 <= c < 112 or shift > 30: raise ValueError('run lengths that are none')
+        value |= (c - 48 & 31) << shift
+        shift += 5
+        if not c - 48 & 32:
+            if c - 48 & 16: value -= 1 << shift
+            found.append(value + found[-2] if len(found) > 2 else value)
+            value, shift = 0, 0
+    if shift: raise ValueError('run lengths that are cut')
+    return found
+
+def _check_coco(coco):
+    "Everything that pycocotools' C code takes on trust. Raises `ValueError`, and what missing keys and other types raise."
+    names = [c['name'] for c in coco.cats.values()]
+    if not all(isinstance(n, str) and n.isprintable() and n for n in names): raise ValueError('a category whose name is no line of text')
+    if not all(type(i) is int for i in (*coco.cats, *coco.imgs)): raise ValueError('an id that is no whole number')
+    for info in coco.imgs.values():
+        h, w = info['height'], info['width']
+        if type(h) is not int or type(w) is not int or not (0 < h and 0 < w and h*w <= MOST_PIXELS): raise ValueError(f"image {info['id']} of {w} x {h} pixels")
+        stem = Path(info['file_name']).stem
+        if not stem.isprintable() or '\\' in stem or stem in ('', '.', '..'): raise ValueError(f"image {info['id']} has no file name")
+    for a in coco.anns.values():
+        info, shape = coco.imgs[a['image_id']], a['segmentation']
+        h, w, where = info['height'], info['width'], f"annotation {a['id']}"
+        if a['category_id'] not in coco.cats: raise ValueError(f'{where} is of no category')
+        if isinstance(shape, dict):
+            counts = _counts(shape['counts']) if isinstance(shape['counts'], str) else shape['counts']
+            if list(shape['size']) != [h, w] or not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != h*w: raise ValueError(f'{where}: run lengths that do not fill its image')
+        elif not shape or not all(len(p) >= 6 and len(p) % 2 == 0 and all(isinstance(v, (int, float)) and -2*max(h, w) <= v <= 3*max(h, w) for v in p) for p in shape): raise ValueError(f'{where}: a polygon that lies not in its image')
 
 @PREPARERS.register('coco')
 def prepare_coco(source: str | Path, data_root: str | Path, kind: str='binary', workers: int=0, progress: Callable | None=None,

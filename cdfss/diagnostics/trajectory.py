@@ -24,7 +24,7 @@ def tidy_episodes(episodes:pd.DataFrame, metric:str='class_miou', draws:int=500)
 
 def trajectory_frame(run:Run) -> pd.DataFrame:
     "mIoU of one run over source epochs with 95 % intervals over episodes, for the source's validation and every target."
-    return tidy_episodes(pd.read_parquet(run.path/'followed.parquet'))
+    return tidy_episodes(run.followed)
 
 def label(run:Run, method:str) -> str:
     "A method's name in a study: the recipe, and which stages were frozen if any and if the base does not always freeze them."
@@ -36,7 +36,7 @@ def followed(runs:Iterable[Run]) -> pd.DataFrame:
     frames = []
     for r in runs:
         if not (r.path/'followed.parquet').exists(): raise InputError(f"{r.path}: no followed.parquet; run it with track=all, or with the epochs to follow")
-        f = pd.read_parquet(r.path/'followed.parquet')
+        f = r.followed
         frames.append(f.assign(method=f.method.map({m: label(r, m) for m in f.method.unique()}), seed=r.params['seed'], run=r.path.name))
     if not frames: raise InputError("runs is empty: give at least one finished run")
     return _plain_first(pd.concat(frames))

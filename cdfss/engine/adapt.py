@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'POOL_BATCH', 'AdaptOptions', 'with_parameters', 'adapting', 'tune', 'read_supports', 'draw_pools',
-           'tune_together', 'pick', 'answer', 'Tuner']
+           'tune_together', 'pick', 'answer', 'tensors_hash', 'Tuner']
 
 # %% ../../nbs/engine/38_adapt.ipynb #ef5e02e2
 import contextlib, copy, dataclasses, hashlib, json
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 from ..basics import InputError, Options, atomic_write, mix_seed, option
@@ -153,6 +154,25 @@ def answer(segmenter:Segmenter, values:dict[str, Tensor], asked:Match|Episode, s
     return [with_parameters(segmenter, {k: v[i] for k, v in values.items()}, method, pick(asked, i), *more) for i in range(n)]
 
 # %% ../../nbs/engine/38_adapt.ipynb #ae1c8076
+def tensors_hash(values:dict[str, Tensor]) -> str:
+    "sha256 of names and values, in hex."
+    whole = hashlib.sha256()
+    for n, v in sorted(values.items()): whole.update(n.encode() + v.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+def _keep(file:Path|None, values:dict[str, Tensor]):
+    "Tuned parameters in a file with a checksum; None keeps nothing."
+    values = {n: v.detach().contiguous().cpu() for n, v in values.items()}
+    if file: atomic_write(file, save(values, dict(sha256=tensors_hash(values))))
+
+def _kept(file:Path|None, device:str) -> dict[str, Tensor]|None:
+    "What `_keep` wrote; None where there is nothing, or it is damaged."
+    if file is None or not file.exists(): return None
+    try:
+        with safe_open(file, 'pt') as f: values, said = {n: f.get_tensor(n) for n in f.keys()}, (f.metadata() or {}).get('sha256')
+    except Exception: return None
+    return {n: v.to(device) for n, v in values.items()} if said == tensors_hash(values) else None
+
 class Tuner:
     "Tunes methods on the supports of episodes. `ledger` watches what is read; `keep` is a folder for tuned parameters, to be used again."
     def __init__(self, options:AdaptOptions|None=None, ledger:Ledger|None=None, keep:Path|None=None):
@@ -179,7 +199,7 @@ class Tuner:
         "Parameters tuned on a pool of the data set, once for all its episodes."
         pool, items = draw_pools(store, shot)[which], store.dataset.items
         file = self.keep and self._file(segmenter, store, pool, plan)
-        if file and file.exists(): return load_file(file, device=device)
+        if (kept := _kept(file, device)) is not None: return kept
         def draw(step):
             seed = np.random.default_rng(mix_seed('pool step', store.dataset.name, shot, step))
             tasks = pool if plan.pool == 'fixed' else [tuple(seed.choice(ps, shot, replace=False).tolist()) for ps in store.dataset.by_class.values() if len(ps) >= shot]
@@ -189,7 +209,7 @@ class Tuner:
                 with self.ledger.allow(items[p].id for task in pool for p in task): batch, _ = read_supports(store, order[i:i + size], self.ledger, segmenter, None, device)
                 yield batch
         values = tune_together(segmenter, draw, plan)
-        if file: atomic_write(file, lambda p: save_file({n: v.contiguous().cpu() for n, v in values.items()}, p))
+        _keep(file, values)
         return values
 
     def uses_pools(self, segmenter:Segmenter) -> bool:
@@ -222,7 +242,7 @@ class Tuner:
             values = [self._pool(segmenter, store, len(positions[0]), w, device) for w in self.which_pool(store, episodes)]
             return {n: torch.stack([v[n] for v in values]) for n in values[0]}
         file = self.keep and self._file(segmenter, store, positions, plan)
-        if file and file.exists(): return load_file(file, device=device)
+        if (kept := _kept(file, device)) is not None: return kept
         read = []
         for task in positions:
             with self.ledger.allow(items[p].id for p in task):
@@ -231,5 +251,5 @@ class Tuner:
         tensors = joined([{n: getattr(e, n) for n in ('query', 'support', 'support_masks', 'support_ignore')} for e, _ in read])
         episode = Episode(**tensors, ids=[e.ids[0] for e, _ in read], extras=joined([e.extras for e, _ in read]))
         values, _ = tune(segmenter, episode, plan, joined([s for _, s in read]))
-        if file: atomic_write(file, lambda p: save_file({n: v.contiguous().cpu() for n, v in values.items()}, p))
+        _keep(file, values)
         return values

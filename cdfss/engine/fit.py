@@ -85,10 +85,10 @@ def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device
     mean, std = segmenter.backbone.mean, segmenter.backbone.std
 
     def save(step):
-        if state_file: save_state(state_file, dict(model=segmenter.state_dict(), optimizer=[optimizer.state_dict() for optimizer, _ in optimizers], history=history, step=step, sums=sums, spent=spent + time.time() - start))
+        if state_file: save_state(state_file, dict(model=segmenter.state_dict(), optimizer=[optimizer.state_dict() for optimizer, _ in optimizers], history=history, step=step, sums=sums, spent=spent + time.monotonic() - start))
 
     for epoch in range(len(history) + 1, o.epochs + 1):
-        episodes, start, saved = plan(epoch), time.time(), time.time()
+        episodes, start, saved = plan(epoch), time.monotonic(), time.monotonic()
         for step in range(first, per_epoch):
             torch.manual_seed(mix_seed('fit step', seed, epoch, step))
             for optimizer, ways in optimizers:
@@ -104,11 +104,11 @@ def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device
             for optimizer, _ in optimizers: optimizer.step()
             for name, value in (*terms.items(), ('loss', loss)): sums[name] = sums.get(name, 0.0) + value.item() * len(batch)
             if not math.isfinite(sums['loss']): raise InputError(f"lr={o.lr}: the loss is not finite at epoch {epoch}, step {step}; lower lr")
-            if time.time() - saved > save_every: save(step + 1); saved = time.time()
+            if time.monotonic() - saved > save_every: save(step + 1); saved = time.monotonic()
         n = len(episodes)
         row = {'epoch': epoch, 'loss': sums['loss'] / n, **{f'loss/{k}': v / n for k, v in sums.items() if k != 'loss'}}
         segmenter.eval()
-        row['fit_seconds'] = round(spent + time.time() - start, 2)
+        row['fit_seconds'] = round(spent + time.monotonic() - start, 2)
         yield row
         history.append({k: v for k, v in row.items() if k != 'restored'})
         sums, first, spent = {}, 0, 0.0

@@ -5,13 +5,14 @@ __all__ = ['injected', 'read_parameters', 'one_line_errors', 'parameters_cell', 
            'load_state_file']
 
 # %% ../../nbs/engine/35_runs.ipynb #2413e2e9
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, io, json, platform, subprocess, sys, types, zipfile
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, io, json, os, platform, shutil, subprocess, sys, types, zipfile
 from pathlib import Path
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 import cdfss
-from ..basics import InputError, Options, atomic_write, check_option, unknown, write_json
+from ..basics import Busy, InputError, Options, atomic_write, check_option, file_hash, json_text, unknown, write_json
 
 # %% ../../nbs/engine/35_runs.ipynb #9261505c
 def injected(cells:list[str]) -> set[str]:
@@ -73,9 +74,14 @@ class Run:
 
     def json(self, name:str) -> dict:
         "One of the run's JSON records. Raises `InputError` when it is absent or damaged."
-        try: return json.loads((self.path/f'{name}.json').read_text())
+        try: return json.loads(self.record(f'{name}.json').read_text())
         except FileNotFoundError: raise InputError(f"{self.path}: no {name}.json; is this a run folder, and did the run finish?") from None
         except ValueError: raise InputError(f"{self.path/name}.json is not readable JSON; run the same command again to make it anew") from None
+
+    def _frame(self, read, name:str) -> pd.DataFrame:
+        try: return read(self.record(name))
+        except (FileNotFoundError, InputError): raise
+        except Exception as e: raise InputError(f"{self.path/name} cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
 
     @property
     def params(self) -> dict: return self.json('params')
@@ -89,13 +95,57 @@ class Run:
         size = self.params.get('size')
         return self.metrics.get('counted') or (f'{size} px' if size else 'a size not recorded')
     @property
-    def history(self) -> pd.DataFrame: return pd.read_csv(self.path/'history.csv')
+    def history(self) -> pd.DataFrame: return self._frame(pd.read_csv, 'history.csv')
     @property
-    def episodes(self) -> pd.DataFrame: return pd.read_parquet(self.path/'episodes.parquet')
+    def episodes(self) -> pd.DataFrame: return self._frame(pd.read_parquet, 'episodes.parquet')
+
+    @property
+    def followed(self) -> pd.DataFrame: return self._frame(pd.read_parquet, 'followed.parquet')
+    @property
+    def samples(self) -> dict[str, np.ndarray]:
+        "The arrays of the kept predictions, by their names."
+        try:
+            with np.load(self.record('samples.npz')) as z: return {k: z[k] for k in z.files}
+        except (FileNotFoundError, InputError): raise
+        except Exception as e: raise InputError(f"{self.path/'samples.npz'} cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
 
     def write_frame(self, name:str, frame:pd.DataFrame):
         "A DataFrame as `<name>.csv` or `<name>.parquet`, by its suffix."
         atomic_write(self.path/name, (lambda p: frame.to_csv(p, index=False)) if name.endswith('.csv') else (lambda p: frame.to_parquet(p, index=False)))
+
+    # ---- what a finished run wrote, and whether it is still there
+    def _written(self) -> dict[str, str]:
+        "Record -> sha256, of a finished run; empty for one that is not, or was made before this was kept."
+        path = self.path/'files.json'
+        if not self.complete or not path.exists(): return {}
+        try: return {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
+        except (ValueError, AttributeError): raise InputError(f"{path} is not readable; run the same command again to make the run anew") from None
+
+    def record(self, name:str) -> Path:
+        "The path of a record. Raises `InputError` when the run is finished and the file is not what it wrote."
+        path, known = self.path/name, self._written().get(name)
+        if known and path.exists() and file_hash(path) != known: raise InputError(f"{path} is not what the run wrote: it was damaged or edited; run the same command again to make it anew")
+        return path
+
+    def damage(self) -> str|None:
+        "Of a finished run: the first of its records that is not what it wrote, or is gone, in a line; else None."
+        try:
+            for name in self._written():
+                if not self.record(name).exists(): return f'{self.path/name} is gone'
+            if self.complete: self.metrics
+        except InputError as e: return str(e).split('; ')[0]
+
+    def finish(self, metrics:dict):
+        "Write metrics.json, the last of the records, and before it files.json, which says what all of them hold. Notebooks, figures and diagnostics come later and are not among them."
+        text = json_text(metrics)
+        inside = sorted(p.relative_to(self.path) for p in self.path.rglob('*') if p.is_file() and p.suffix != '.ipynb')
+        names = [p.as_posix() for p in inside if p.parts[0] not in ('resume', 'figures', 'diagnostics', 'files.json', 'metrics.json') and not any(n[0] == '.' for n in p.parts)]
+        write_json(self.path/'files.json', {n: file_hash(self.path/n) for n in names} | {'metrics.json': hashlib.sha256(text.encode()).hexdigest()})
+        atomic_write(self.path/'metrics.json', text)
+
+    def reopen(self):
+        "Take back that the run is finished, so that it is computed anew."
+        for name in ('metrics.json', 'files.json'): (self.path/name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def working(self):
@@ -103,27 +153,30 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path/'.lock')
         try: lock.acquire(timeout=0)
-        except Timeout: raise InputError(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
+        except Timeout: raise Busy(f"{self.path}: another process is working in this run folder; wait for it or stop it") from None
         try:
             for left in self.path.rglob('.*.part'): left.unlink()                            # half written by a process that was killed
+            for left in self.path.rglob('cdfss-features-*'): shutil.rmtree(left, ignore_errors=True)
             yield self
         finally: lock.release()
 
 # %% ../../nbs/engine/35_runs.ipynb #3fe26529
+def _before(path:Path) -> Path: return path.with_suffix('.before' + path.suffix)
+
 def save_state(path:str|Path, state:dict):
-    "A resume state: tensors and plain values, in one file, written atomically."
+    "A resume state: tensors and plain values, in one file, written atomically; the one before it is kept as well."
     whole = io.BytesIO()                             # torch's own file writer says nothing of a full disk
     torch.save(state, whole)
-    atomic_write(path, whole.getvalue())
+    atomic_write(path, whole.getvalue(), _before(Path(path)))
 
 def load_state_file(path:str|Path) -> dict|None:
-    "The resume state, or None when there is none; a damaged one is set aside with a printed line, never trusted."
-    path = Path(path)
-    if not path.exists(): return None
-    try:
-        if (wrong := zipfile.ZipFile(path).testzip()): raise ValueError(wrong)           # torch does not look at the checksums it writes
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        path.rename(path.with_suffix('.damaged'))
-        print(f"{path.name} is damaged ({type(e).__name__}); it is set aside and this part starts anew", file=sys.stderr)
-        return None
+    "The last resume state that is whole, or None when there is none; a damaged one is set aside with a printed line, never trusted."
+    last = Path(path)
+    for path, then in ((last, 'the one before it is used' if _before(last).exists() else 'this part starts anew'), (_before(last), 'this part starts anew')):
+        if not path.exists(): continue
+        try:
+            if (wrong := zipfile.ZipFile(path).testzip()): raise ValueError(wrong)       # torch does not look at the checksums it writes
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as e:
+            os.replace(path, path.with_suffix('.damaged'))
+            print(f"{path.name} is damaged ({type(e).__name__}); it is set aside and {then}", file=sys.stderr)

@@ -3,18 +3,18 @@
 # %% auto #0
 __all__ = ['ADDED', 'NOT_HASHED', 'SCALES', 'ADAPT', 'ADAPTED_EPISODES', 'TrainSettings', 'SECTIONS', 'EvaluateSettings',
            'EVALUATE_SECTIONS', 'RunOptions', 'standing', 'evaluation', 'numbers', 'names', 'part', 'resolve',
-           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'open_run', 'beside', 'train', 'save_weights', 'plug',
-           'epochs_kept', 'load_segmenter']
+           'segmenter_of', 'RunData', 'excerpt', 'prepare', 'deciding', 'open_run', 'beside', 'train', 'save_weights',
+           'plug', 'epochs_kept', 'described', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
-import contextlib, dataclasses, shutil, time
+import contextlib, dataclasses, io, shutil, time
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from ..basics import InputError, Options, atomic_write, file_hash, option, write_json
 from ..data.folds import without_novel
 from ..data.images import ImageStore
@@ -23,7 +23,7 @@ from ..data.guard import Ledger, check_leakage
 from ..data.manifests import RULES, Manifest, draw, draw_nested, load_manifests
 from ..data.miniature import miniature_root
 from .adapt import AdaptOptions, Tuner
-from .evaluate import evaluate, features_for, lasting_features, needed_stages, predict
+from .evaluate import Lost, evaluate, features_for, lasting_features, needed_stages, predict
 from .fit import FitOptions, fit
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
@@ -118,7 +118,7 @@ def numbers(text:str, name:str, low:int=1) -> tuple[int, ...]:
     "Integers of at least `low` out of `'1,5'`. Raises `InputError` naming the parameter."
     try: found = tuple(int(p) for p in str(text).replace(' ', '').strip('[]()').split(',') if p)
     except ValueError: found = ()
-    if not found or min(found) < low: raise InputError(f"{name}={text!r}: expected whole numbers from {low} with commas between, e.g. 1,5")
+    if not found or min(found) < low or max(found) >= 2**31: raise InputError(f"{name}={text!r}: expected whole numbers from {low} with commas between, e.g. 1,5")
     return tuple(dict.fromkeys(found))
 
 def names(text:str) -> tuple[str, ...]: return tuple(dict.fromkeys(t.strip().lower() for t in text.split(',') if t.strip()))
@@ -171,7 +171,7 @@ def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
     path, base = Path(s.checkpoint), parse_recipe(s.method).base
     if path.name == 'weights.safetensors' and (path.parent/'weights.json').is_file(): path = path.parent            # a run's file stands for the run
     if path.is_dir():
-        d = Run(path).json('weights')
+        d = described(Run(path))
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
         return d['backbone'], d['recipe'], load_segmenter(path).state_dict()
     known = sorted((n for n in IMPORTERS if parse_recipe(n).base == base), key=lambda n: str(parse_recipe(n)) != s.method)
@@ -285,13 +285,16 @@ def prepare(s:Options, say:Callable=lambda line: None) -> RunData:
     return RunData(source, validation, targets, manifests, followed, prints, guard, list(dict.fromkeys(n for d in sets for n in d.notes)))
 
 # %% ../../nbs/engine/36_train.ipynb #c9f13945
-def open_run(s:Options, data:RunData) -> Run:
-    "The folder of these settings on these data, whether it exists or not."
-    keys = {k: v for k, v in s.dict().items() if k not in NOT_HASHED and (k not in ADDED or v != ADDED[k])}
-    weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
+def deciding(s:Options) -> dict:
+    "What of resolved settings decides a run's numbers, beside the content of files: not where things lie, nor options of methods that the recipe does not name."
     ignored = method_options().keys() - set(used_options(s.method))
     if not parse_recipe(s.method).adapts: ignored |= set(ADAPT)
-    hashed = {k: v for k, v in keys.items() if k not in ignored} | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
+    return {k: v for k, v in s.dict().items() if k not in NOT_HASHED and k not in ignored and (k not in ADDED or v != ADDED[k])}
+
+def open_run(s:Options, data:RunData) -> Run:
+    "The folder of these settings on these data, whether it exists or not."
+    weights = file_hash(s.weights) if Path(s.weights).is_file() else s.weights
+    hashed = deciding(s) | dict(weights=weights, data=data.fingerprints, manifests=[m.hash for m in data.manifests.values()])
     if s.checkpoint: hashed['checkpoint'] = file_hash(Path(s.checkpoint)/'weights.safetensors' if Path(s.checkpoint).is_dir() else s.checkpoint)
     return Run(Path(s.runs)/f'{s.method}-{run_hash(hashed)}')
 
@@ -344,19 +347,29 @@ def train(settings:Options, data:RunData|None=None, on_epoch:Callable=lambda row
     s = resolve(settings)
     data = data or prepare(s, say)
     run = open_run(s, data)
-    if run.complete:
-        say(f'{run.path.name}: finished before, nothing is computed')
-        for row in run.history.to_dict('records'): on_epoch({**row, 'epochs': s.epochs})
-        return run
-    with run.working(): _work(s, data, run, on_epoch, say)
+    whole = lambda: run.complete and not run.damage()
+    if not whole():
+        with run.working():
+            if not whole():                                                       # a process beside us may have finished it meanwhile
+                if run.complete: say(f'{run.damage()}: the run is computed anew')
+                run.reopen()
+                try: _work(s, data, run, on_epoch, say)
+                except Lost as e:
+                    say(f'{e}: source training starts anew')
+                    shutil.rmtree(run.path/'resume')
+                    _work(s, data, run, on_epoch, say)
+                return run
+    shutil.rmtree(run.path/'resume', ignore_errors=True)                          # of a process that was killed between its last two steps
+    say(f'{run.path.name}: finished before, nothing is computed')
+    for row in run.history.to_dict('records'): on_epoch({**row, 'epochs': s.epochs})
     return run
 
 def save_weights(segmenter:Segmenter, path:Path) -> Path:
     state = {k: v.contiguous() for k, v in segmenter.state_dict().items()}
-    return atomic_write(path, lambda p: save_file(state, p))
+    return atomic_write(path, save(state))                                        # as bytes: safetensors' own file writer has another error for a full disk
 
 def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
-    resume, begun = run.path/'resume', time.time()
+    resume, begun = run.path/'resume', time.monotonic()
     torch.manual_seed(0)
     segmenter = segmenter_of(s).to(s.device, memory_format=torch.channels_last)
     methods, how = _methods(s, segmenter), dict(device=s.device, precision=s.precision)
@@ -369,14 +382,17 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     tracked, total = [], s.epochs
     lasting = {name: lasting_features(segmenter, store, needed_stages(methods), **how) for name, store in ((s.source, data.validation), *data.targets.items())}
 
-    def follow(epoch:int) -> dict:
-        "mIoU of source validation and targets after an epoch, if it is one of those to be followed."
+    def follow(epoch:int, restored:bool=False) -> dict:
+        "mIoU of source validation and targets after an epoch, if it is one of those to be followed; of a `restored` one from what it left. Raises `Lost` when that is not whole."
         wanted = s.track == 'all' or s.track == 'none' and epoch == total or s.track not in ('all', 'none') and epoch in (0, total, *numbers(s.track, 'track'))
         row = {}
-        if wanted and s.keep_epochs: save_weights(segmenter, run.path/'epochs'/f'{epoch}.safetensors')
+        if wanted and s.keep_epochs:
+            path, note = run.path/'epochs'/f'{epoch}.safetensors', resume/f'epoch {epoch}.txt'
+            if not restored: atomic_write(note, file_hash(save_weights(segmenter, path)))
+            elif not (path.exists() and note.exists() and file_hash(path) == note.read_text()): raise Lost(f'the weights of epoch {epoch} are damaged')
         for name, manifest in data.followed.items() if wanted else ():
             store = data.validation if name == s.source else data.targets[name]
-            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', features=lasting[name], **how).assign(target=name)
+            frame = evaluate(watched, store, manifest, epoch=epoch, parts=resume/'followed', features=lasting[name], weights_gone=restored, **how).assign(target=name)
             tracked.append(frame)
             for m, f in frame.groupby('method', sort=False):
                 if name != s.source: row[f'miou/{m}/{name}'] = round(METRICS['class_miou'](f), 3)
@@ -389,18 +405,18 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
         run.write_frame('history.csv', pd.DataFrame(history))
         on_epoch({**row, 'epochs': total})
 
-    t0 = time.time()
+    t0 = time.monotonic()
     segmenter.eval()
     zero = follow(0)
-    add({'epoch': 0, **zero, 'seconds': round(time.time() - t0, 2)})
+    add({'epoch': 0, **zero, 'seconds': round(time.monotonic() - t0, 2)})
     if total:
-        t0 = time.time()
+        t0 = time.monotonic()
         for row in fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=s.device, state_file=resume/'state.pt',
                        features=lasting_features(segmenter.train(), data.source, segmenter.needed, **how)):
-            found = follow(row['epoch'])
-            if not row.get('restored'): row |= found | {'seconds': round(time.time() - t0, 2)}
+            found = follow(row['epoch'], row.get('restored', False))
+            if not row.get('restored'): row |= found | {'seconds': round(time.monotonic() - t0, 2)}
             add(row)
-            t0 = time.time()
+            t0 = time.monotonic()
     segmenter.eval()
     save_weights(segmenter, run.path/'weights.safetensors')
     write_json(run.path/'weights.json', dict(recipe=s.method, epoch=total, backbone={**part(s, BackboneOptions).dict(), 'weights': 'none'},
@@ -417,16 +433,17 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     if tracked: run.write_frame('followed.parquet', pd.concat(tracked, ignore_index=True))
     if s.samples:
         kept = _samples(s, data, methods, tuner, frame, how)
-        atomic_write(run.path/'samples.npz', lambda p: np.savez_compressed(open(p, 'wb'), **kept))
+        np.savez_compressed(whole := io.BytesIO(), **kept)
+        atomic_write(run.path/'samples.npz', whole.getvalue())
     results = []
     for (name, k, m), f in frame.groupby(['target', 'shot', 'method'], sort=False):
         classes = 1000 if name == 'fss' else len(data.targets[name].dataset.classes)
         results.append(dict(method=m, target=name, shot=int(k), episodes=len(f), **_score(f, classes)))
-    write_json(run.path/'timing.json', dict(total=round(time.time() - begun, 1), evaluation={k: round(v, 3) for k, v in seconds.items()}))
+    write_json(run.path/'timing.json', dict(total=round(time.monotonic() - begun, 1), evaluation={k: round(v, 3) for k, v in seconds.items()}))
     policy = {n: v for n, v in segmenter.options.dict().items() if n == 'support_policy'} if tuner.adapts(segmenter) else {}
     means = [dict(method=m, shot=int(k), **{key: round(v, 3) for key, v in zip(('value', 'low', 'high'), bootstrap_mean([f for _, f in g.groupby('target')]))})
              for (k, m), g in frame.groupby(['shot', 'method'], sort=False) if g.target.nunique() > 1]
-    write_json(run.path/'metrics.json', dict(means=means, protocol='manifest' if s.manifest else s.protocol, counted='native' if s.eval_size == 'native' else f'{s.size} px', guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']) | policy, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
+    run.finish(dict(means=means, protocol='manifest' if s.manifest else s.protocol, counted='native' if s.eval_size == 'native' else f'{s.size} px', guard=data.guard | dict(leaks=data.guard['leaks'] + ledger.record['leaks']) | policy, seed=s.seed, epoch=total, results=results, data=data.fingerprints, notes=data.notes,
                                              manifests={f'{n}-{k}shot': m.hash for (n, k), m in data.manifests.items()}))
     shutil.rmtree(resume, ignore_errors=True)
 
@@ -450,14 +467,21 @@ def epochs_kept(run:Run) -> list[int]:
     "Epochs after which the run kept its weights (`keep_epochs`), in order."
     return sorted(int(p.stem) for p in (run.path/'epochs').glob('*.safetensors'))
 
+def described(run:Run) -> dict:
+    "What weights.json of a run says. Raises `InputError` when that is not a recipe, a backbone and options."
+    d = run.json('weights')
+    if isinstance(d, dict) and isinstance(d.get('recipe'), str) and all(isinstance(d.get(k), dict) for k in ('backbone', 'options')): return d | dict(backbone=d['backbone'] | dict(weights='none'))
+    raise InputError(f"{run.path/'weights.json'}: does not describe weights (recipe, backbone, options); give the folder of a finished run")
+
 def load_segmenter(run:Run|str|Path, recipe:str|None=None, epoch:int|None=None) -> Segmenter:
     """The trained segmenter of a run, in eval mode; `recipe` plugs other modules into the same weights, `epoch` takes those after an earlier epoch. Raises
     `InputError` for a folder without weights, with weights that do not fit what `weights.json` describes, and for an epoch that was not kept."""
     run = run if isinstance(run, Run) else Run(run)
-    d, path = run.json('weights'), run.path/('weights.safetensors' if epoch is None else f'epochs/{epoch}.safetensors')
+    d, path = described(run), run.path/('weights.safetensors' if epoch is None else f'epochs/{epoch}.safetensors')
     if epoch is not None and not path.exists(): raise InputError(f"epoch={epoch}: {run.path} keeps the weights of epochs {epochs_kept(run) or 'none'}; train with keep_epochs=True")
     old, new = parse_recipe(d['recipe']), parse_recipe(recipe or d['recipe'])
     segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), still_known(old, d['options']))
+    run.record(path.relative_to(run.path).as_posix())
     try: state = load_file(path)
     except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
     plug(segmenter, new, old, state, path)

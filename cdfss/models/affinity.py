@@ -226,10 +226,12 @@ def read_predictor(path:str) -> SSP:
     path = Path(path)
     if path.is_dir():
         try: d = json.loads((path/'weights.json').read_text())
-        except OSError: raise InputError(f"predictor={path}: no weights.json in it; give the folder of a finished run of ssp, or the file of its official checkpoint") from None
-        if d['recipe'] != 'ssp': raise InputError(f"predictor={path}: it is a run of {d['recipe']}; give one of ssp")
-        found = SSP(create_backbone(BackboneOptions.make(d['backbone'])))
-        found.load_state_dict(load_file(path/'weights.safetensors'))
+        except (OSError, ValueError, RecursionError): raise InputError(f"predictor={path}: no weights.json in it; give the folder of a finished run of ssp, or the file of its official checkpoint") from None
+        if not isinstance(d, dict) or not isinstance(d.get('backbone'), dict): raise InputError(f"predictor={path}: its weights.json does not describe weights")
+        if d.get('recipe') != 'ssp': raise InputError(f"predictor={path}: it is a run of {d.get('recipe')}; give one of ssp")
+        found = SSP(create_backbone(BackboneOptions.make(d['backbone'] | dict(weights='none'))))
+        try: found.load_state_dict(load_file(path/'weights.safetensors'))
+        except Exception as e: raise InputError(f"predictor={path}: its weights.safetensors cannot be used ({type(e).__name__})") from None
     else:
         from cdfss.models.importers import load_official
         found = load_official('ssp', path)

@@ -8,7 +8,7 @@ __all__ = ['NETS', 'VITS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'resnet50_deepstem',
            'create_backbone', 'image_size']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
-import contextlib, difflib, io, itertools, math, re, sys
+import contextlib, difflib, io, itertools, math, re, sys, zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +56,9 @@ def read_state(path:str|Path) -> dict[str, Tensor]:
     if not path.is_file(): raise InputError(f"weights={path}: no such file; give a .safetensors or .pth file, 'hub', 'auto' or 'none'")
     try:
         if path.suffix == '.safetensors': state = load_file(path)
-        else: state = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            if zipfile.is_zipfile(path) and sum(i.file_size for i in zipfile.ZipFile(path).infolist()) > path.stat().st_size: raise ValueError('it unpacks to more than its own size')
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         why = str(e).strip().split('\n')[0][:120]
         raise InputError(f"weights={path}: not a checkpoint that can be read safely ({type(e).__name__}: {why}); "

@@ -319,7 +319,7 @@ def predictions(study:Study) -> Drawing:
     study = study.part('loec')
     for run in study.runs:
         if not (run.path/'samples.npz').exists(): continue
-        with np.load(run.path/'samples.npz') as z: arrays = {k: z[k] for k in z.files}
+        arrays = run.samples
         methods = sorted({k.split('prediction:')[1] for k in arrays if 'prediction:' in k}, key=len)
         if len(methods) < 2: continue
         items, rows = [], []

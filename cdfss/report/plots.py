@@ -30,7 +30,7 @@ STYLE = {
     'lines.linewidth': 1.4, 'lines.markersize': 3.5,
     'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'axes.titlelocation': 'left',
     'figure.dpi': 80, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white',
-    'svg.hashsalt': 'cdfss', 'image.interpolation': 'nearest'}
+    'svg.hashsalt': 'cdfss', 'text.parse_math': False, 'image.interpolation': 'nearest'}
 
 @contextlib.contextmanager
 def style():

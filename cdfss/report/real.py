@@ -20,7 +20,7 @@ from ..basics import InputError, Options, atomic_write, option, unknown, write_j
 from ..data.subsets import check_subset, manifest_hash, read_subset
 from ..diagnostics.diagnosis import diagnose
 from ..diagnostics.trajectory import label
-from ..engine.grid import run_settings
+from ..engine.grid import run_cell
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import TrainSettings, numbers
@@ -148,7 +148,7 @@ def plan(o:RealOptions) -> list[Job]:
     return jobs
 
 # %% ../../nbs/report/61_real.ipynb #f0d63d37
-def _train(settings:dict) -> str: return run_settings(settings)
+def _train(settings:dict) -> str: return run_cell(settings)['run']
 
 def _look(path:str, recipe:str, look:dict[str, dict]) -> str:
     for name, options in look.items(): diagnose(Run(path), name, recipe or None, **options)

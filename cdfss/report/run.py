@@ -88,7 +88,7 @@ def change(run:Run) -> pd.DataFrame:
 def selection(run:Run) -> pd.DataFrame:
     """Which checkpoint is reported matters: class mIoU at the last epoch, at the best on source validation, and at the best on the target test itself (the
     oracle that much of the literature silently uses), with the gap to that oracle. On the episodes that were followed."""
-    table = audit(pd.read_parquet(run.path/'followed.parquet'), source=run.params['source'])
+    table = audit(run.followed, source=run.params['source'])
     return table[table.method == run.params['method']].drop(columns='method').round(1).reset_index(drop=True)
 
 def trajectory(run:Run):
@@ -100,8 +100,7 @@ def trajectory(run:Run):
 
 def predictions(run:Run):
     "Best, median and worst predictions of each target, saved in the run's `figures/`."
-    with np.load(run.path/'samples.npz') as z: arrays = {k: z[k] for k in z.files}
-    method, items, titles = run.params['method'], [], []
+    arrays, method, items, titles = run.samples, run.params['method'], [], []
     for key in dict.fromkeys(k.rsplit('/', 1)[0] for k in arrays):
         part = lambda name: arrays[f'{key}/{name}']
         target, shot, index = key.split('/')

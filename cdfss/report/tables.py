@@ -5,7 +5,7 @@ __all__ = ['METRIC_LABELS', 'TARGET_ORDER', 'results', 'in_order', 'check_compar
            'to_text', 'styled', 'progress_header', 'progress_line']
 
 # %% ../../nbs/report/50_tables.ipynb #6caf489e
-import math, textwrap
+import html, math, textwrap
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 import pandas as pd
@@ -124,7 +124,8 @@ def styled(table:pd.DataFrame) -> Styler:
         values = pd.to_numeric(column.str.split().str[0], errors='coerce')
         return ['font-weight: bold' if len(values) > 1 and v == values.max() else '' for v in values]
     rule = '1px solid #888'
-    return (table.rename_axis(None).style.apply(bold_best).set_uuid('cdfss').set_caption(table.attrs.get('caption', '')).set_table_styles([
+    return (table.rename_axis(None).style.apply(bold_best).format(escape='html').format_index(escape='html', axis=0).format_index(escape='html', axis=1)
+            .set_uuid('cdfss').set_caption(html.escape(table.attrs.get('caption', ''))).set_table_styles([
         {'selector': '', 'props': f'border-collapse: collapse; border-top: {rule}; border-bottom: {rule}'},
         {'selector': 'thead th', 'props': f'border-bottom: {rule}; font-weight: normal; text-align: right'},
         {'selector': 'tbody th', 'props': 'text-align: left; font-weight: normal'},

@@ -67,9 +67,10 @@ def supports_of(o:FolderOptions) -> tuple[FewShot, list[Path]]:
 def _boxes(o:FolderOptions) -> tuple[list[Path], list]:
     try: found = json.loads(Path(o.boxes).read_text())
     except OSError as e: raise InputError(f"boxes={o.boxes}: cannot be read ({e.strerror})") from None
-    except ValueError as e: raise InputError(f"boxes={o.boxes}: not JSON ({e})") from None
+    except (ValueError, RecursionError) as e: raise InputError(f"boxes={o.boxes}: not JSON ({type(e).__name__}: {e})") from None
     if not isinstance(found, dict) or not found: raise InputError(f"boxes={o.boxes}: expected " + '{"picture.jpg": [[x0, y0, x1, y1], ...], ...}')
-    for name in found:
+    for name, boxes in found.items():
+        if not isinstance(boxes, list): raise InputError(f"boxes={o.boxes}: {boxes!r} at {name}, expected a list of boxes")
         if not (Path(o.images)/name).is_file(): raise InputError(f"boxes={o.boxes}: no picture {name} in {o.images}")
     return [Path(o.images)/n for n in found], list(found.values())
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 import cdfss
-from ..basics import InputError, atomic_write, option, Options, unknown
+from ..basics import InputError, atomic_write, option, Options, shortened, unknown
 from ..data.images import map_kind, pixels_of, to_input
 from ..data.layouts import VOID
-from ..engine.adapt import AdaptOptions, adapting, tune, tune_together, with_parameters
+from ..engine.adapt import AdaptOptions, adapting, tensors_hash, tune, tune_together, with_parameters
 from ..engine.fit import autocast
 from ..engine.runs import Run
 from ..engine.train import ADAPT, TrainSettings, part, resolve, segmenter_of, standing
@@ -248,7 +248,8 @@ class FewShot:
         for t in self.tasks: tensors |= {f'tuned.{t.number}.{n}': v for n, v in (t.tuned or {}).items()}
         about = dict(recipe=self.recipe, backbone={**self.segmenter.backbone.options.dict(), 'weights': 'none'}, values=self.values, adapt=self.adapt.dict(), version=cdfss.__version__,
                      options={**self.options.dict(), 'device': 'auto'}, tasks=[[t.number, t.name, t.at] for t in self.tasks], maps=list(self.maps))
-        return atomic_write(path, lambda p: save_file({n: v.cpu().contiguous() for n, v in tensors.items()}, p, dict(format=FORMAT, about=json.dumps(about))))
+        tensors = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
+        return atomic_write(path, save(tensors, dict(format=FORMAT, about=json.dumps(about), sha256=tensors_hash(tensors))))
 
     @classmethod
     def load(cls, path:str|Path, device:str='auto') -> 'FewShot':
@@ -259,8 +260,16 @@ class FewShot:
             with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
         except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); expected a file that FewShot.save wrote") from None
         if meta.get('format') != FORMAT: raise InputError(f"{path}: not a file that FewShot.save wrote{'; a run is loaded by its folder, weights by weights=' if 'about' not in meta else ' in this version'}")
-        about, device = json.loads(meta['about']), _device(device)
-        segmenter = build(about['recipe'], create_backbone(BackboneOptions.make(about['backbone'])), still_known(about['recipe'], about['values']))
+        if meta.get('sha256') not in (None, tensors_hash(tensors)): raise InputError(f"{path}: damaged, its tensors are not those that FewShot.save wrote; fit and save again")
+        device = _device(device)
+        try: return cls._from(meta, tensors, device)
+        except InputError: raise
+        except Exception as e: raise InputError(f"{path}: cannot be used ({type(e).__name__}: {shortened(e)}); expected a file that FewShot.save wrote") from None
+
+    @classmethod
+    def _from(cls, meta:dict[str, str], tensors:dict[str, Tensor], device:str) -> 'FewShot':
+        about = json.loads(meta['about'])
+        segmenter = build(about['recipe'], create_backbone(BackboneOptions.make(about['backbone'] | dict(weights='none'))), still_known(about['recipe'], about['values']))
         under = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         segmenter.load_state_dict(under('segmenter.'))
         out = cls(segmenter.to(device, memory_format=torch.channels_last), about['recipe'], about['values'], SegmentOptions(**{**about['options'], 'device': device}), AdaptOptions(**about['adapt']))

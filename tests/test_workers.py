@@ -1,0 +1,155 @@
+"The scheduler of a grid: with made-up workers, with real processes that are killed, and on two Ray nodes of which one is lost. No torch in here."
+import json, random, signal, subprocess, sys, time
+from collections import deque
+from pathlib import Path
+import pytest
+from cdfss.basics import InputError
+from cdfss.engine.workers import Cell, Local, RayCluster, capacity, schedule
+
+REHEARSAL = 'cdfss.engine.workers:rehearsal'
+
+# ---- the scheduler, with workers that are made up ---------------------------------------------------------------------------
+class MadeUp:
+    "Workers without processes: each job's value lists how its starts end, e.g. ['died', 'busy', 'done']; some workers never start. Remembers who worked beside whom."
+    def __init__(self, chance, slots, unfit=()):
+        self.chance, self.count, self.unfit, self.heard, self.closed, self.starts, self.alive, self.given = chance, slots, set(unfit), deque(), 0, [], set(), {}
+    def slots(self): return self.count
+    def open(self, slot):
+        assert slot not in self.alive
+        self.alive.add(slot)
+        self.heard.append((slot, dict(kind='unfit' if slot in self.unfit else 'ready', said='it sees no folder', where=f'w{slot}')))
+        if slot in self.unfit: self.alive.discard(slot)
+    def give(self, slot, value):
+        assert slot in self.alive and slot not in self.given and value['n'] not in self.given.values(), 'two jobs for a worker, or two workers for a job'
+        self.given[slot] = value['n']
+        self.starts.append(value['n'])
+        end = value['ends'].pop(0)
+        self.heard.append((slot, dict(kind='said', said='begun')))
+        self.heard.append((slot, dict(kind=end, said=f'{end} it said', value=value['n'])))
+    def next(self, timeout):
+        if not self.heard: return time.sleep(min(timeout, .01))
+        slot = self.chance.choice([s for s, _ in self.heard])                                # in any order between workers, in order of each
+        at = next(i for i, (s, _) in enumerate(self.heard) if s == slot)
+        news = self.heard[at]
+        del self.heard[at]
+        if news[1]['kind'] == 'died': self.alive.discard(slot)
+        if news[1]['kind'] != 'said': self.given.pop(slot, None)
+        return news
+    def end(self, slot): self.heard.append((slot, dict(kind='died', said='ended')))
+    def close(self): self.closed += 1
+
+@pytest.mark.parametrize('seed', range(30))
+def test_every_cell_ends_once_whatever_happens(seed):
+    chance = random.Random(seed)
+    n, retries, slots = chance.randint(1, 12), chance.randint(0, 3), chance.randint(1, 5)
+    ends = [chance.choices(['died', 'memory', 'busy', 'done', 'refused', 'failed'], [3, 1, 1, 6, 1, 1], k=20) + ['done'] for _ in range(n)]
+    grid, engine, seen = [Cell(dict(n=k, ends=list(e))) for k, e in enumerate(ends)], MadeUp(chance, slots, chance.sample(range(slots), chance.randint(0, slots - 1))), []
+    schedule(grid, engine, retries, lambda c: seen.append((c.value['n'], c.status)), again=0.)
+    assert engine.closed == 1
+    for k, (c, planned_ends) in enumerate(zip(grid, ends)):
+        lost = 0
+        for i, e in enumerate(planned_ends):
+            if e in ('died', 'memory'):
+                lost += 1
+                if lost > retries: break
+            elif e != 'busy': break
+        assert c.status == ('done' if e == 'done' else 'failed'), (k, planned_ends)
+        assert engine.starts.count(k) == i + 1 and c.attempts == lost + (e in ('done', 'refused', 'failed'))
+        assert [s for m, s in seen if m == k and s in ('done', 'failed')] == [c.status] and seen[-1][1] in ('done', 'failed')
+        assert c.said == '' if e == 'done' else f'{e} it said' in c.said
+
+def test_what_is_busy_too_long_is_given_up():
+    grid = [Cell(dict(n=0, ends=['busy']*10_000)), Cell(dict(n=1, ends=['done']))]
+    schedule(grid, MadeUp(random.Random(0), 1), patience=.2, again=.02)
+    assert [c.status for c in grid] == ['failed', 'done'] and grid[0].said == 'busy it said' and grid[0].attempts == 1
+
+def test_without_a_worker_the_reason_is_told():
+    grid = [Cell(dict(n=k, ends=['done'])) for k in range(3)]
+    schedule(grid, MadeUp(random.Random(0), 2, unfit=(0, 1)))
+    assert {(c.status, c.said) for c in grid} == {('failed', 'no worker could be started: it sees no folder')}
+
+# ---- processes of this machine ----------------------------------------------------------------------------------------------
+def alive(pid:int) -> bool:
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except OSError: return False
+
+def gone(pids, within:float=10.) -> bool:
+    end = time.monotonic() + within
+    while any(map(alive, pids)) and time.monotonic() < end: time.sleep(.05)
+    return not any(map(alive, pids))
+
+def test_processes_die_and_are_replaced(tmp_path):
+    deaths = dict(killed='SIGKILL', ended='SIGTERM', segfault='SIGSEGV', memory='memory', refused='refused')
+    grid = [Cell(dict(n=n, mark=str(tmp_path/n), death=d)) for n, d in deaths.items()] + [Cell(dict(n='always', mark=str(tmp_path/'always'), death='SIGKILL', always=True)), Cell(dict(n='fine'))]
+    schedule(grid, Local(REHEARSAL, [{}, {}]), retries=1)
+    at = {c.value['n']: c for c in grid}
+    assert {n for n, c in at.items() if c.status == 'done'} == {'killed', 'ended', 'segfault', 'memory', 'fine'}
+    assert at['always'].said == 'its process was ended by SIGKILL (by hand, or for want of memory); given up after 2 starts'
+    assert at['refused'].said == 'death=refused: as asked' and {n: c.attempts for n, c in at.items()} == dict(killed=2, ended=2, segfault=2, memory=2, refused=1, always=2, fine=1)
+    assert gone({int(p) for f in tmp_path.iterdir() for p in f.read_text().split()}, 5.)
+
+def test_a_worker_that_cannot_start_is_given_up():
+    grid = [Cell(dict(n=0)), Cell(dict(n=1))]
+    schedule(grid, Local('cdfss.engine.workers:no_such_job', [{}, {}]))
+    assert all(c.status == 'failed' and 'no worker could be started: its process ended with code 1: AttributeError' in c.said and '\n' not in c.said for c in grid)
+
+DRIVER = '''
+import json, sys
+from cdfss.engine.workers import Cell, Local, schedule
+grid = [Cell(v) for v in json.loads(sys.argv[1])]
+try: schedule(grid, Local('cdfss.engine.workers:rehearsal', [{}, {}]), change=lambda c: print(c.value['n'], c.status, flush=True))
+except KeyboardInterrupt: print('interrupted', flush=True)
+'''
+
+@pytest.mark.parametrize('by', ['SIGKILL', 'SIGINT'])
+def test_a_driver_that_ends_leaves_no_worker(tmp_path, by):
+    jobs = [dict(n=0, mark=str(tmp_path/'0'), seconds=0.), dict(n=1, mark=str(tmp_path/'1'), seconds=600.), dict(n=2, mark=str(tmp_path/'2'), seconds=600.)]
+    driver = subprocess.Popen([sys.executable, '-c', DRIVER, json.dumps(jobs)], stdout=subprocess.PIPE, text=True)
+    while not ((tmp_path/'1').exists() and (tmp_path/'2').exists() and (tmp_path/'2').read_text().endswith('\n')): time.sleep(.05)
+    pids = {int((tmp_path/n).read_text()) for n in '12'}
+    assert len(pids) == 2 and all(map(alive, pids))
+    driver.send_signal(getattr(signal, by))
+    said = driver.communicate(timeout=60)[0]
+    assert ('interrupted' in said) == (by == 'SIGINT') and '0 done' in said and gone(pids)
+
+# ---- Ray --------------------------------------------------------------------------------------------------------------------
+def test_without_ray_a_line_says_how_to_have_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(InputError, match=r"Ray is not installed; pip install 'cdfss\[ray\]'"): RayCluster(REHEARSAL)
+
+@pytest.fixture
+def nodes(monkeypatch):
+    "A Ray cluster of two nodes, a CPU each, in this machine."
+    monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+    ray = pytest.importorskip('ray')
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000))
+    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
+    yield cluster, second
+    ray.shutdown()
+    cluster.shutdown()
+
+def test_a_lost_node_loses_nothing_that_was_finished(nodes, tmp_path):
+    cluster, second = nodes
+    lost = []
+    grid = [Cell(dict(n=n, mark=str(tmp_path/str(n)), seconds=.3)) for n in range(6)] + [Cell(dict(n='long', mark=str(tmp_path/'long'), seconds=4.))]
+    engine, places = RayCluster(REHEARSAL), set()
+    assert engine.slots() == 2
+    def change(c):
+        if c.status == 'running' and c.where: places.add(c.where)
+        if not lost and c.status == 'done' and len(places) == 2:
+            running = next(r for r in grid if r.status == 'running')
+            if second.node_id.startswith(running.where.split('/')[1].split(',')[0]):         # in the middle of its job
+                lost.append(running)
+                cluster.remove_node(second, allow_graceful=False)
+    schedule(grid, engine, retries=2, change=change)
+    assert lost and len(places) == 2 and all(c.status == 'done' for c in grid), [(c.status, c.said) for c in grid]
+    starts = {c.value['n']: len((tmp_path/str(c.value['n'])).read_text().split()) for c in grid}
+    assert starts.pop(lost[0].value['n']) == 2 and set(starts.values()) == {1}, starts         # the one that was lost was begun again, no other
+
+def test_workers_that_fit_on_nodes():
+    node = lambda alive=True, **r: dict(Alive=alive, Resources=r)
+    nodes = [node(CPU=16., GPU=8.), node(CPU=4., GPU=1.), node(CPU=64.), node(False, CPU=64., GPU=8.)]
+    assert capacity(nodes, 1) == 84 and capacity(nodes, 2, 1.) == 9 and capacity(nodes, 1, .5) == 16 + 2 and capacity(nodes, 3, 1.) == 5 + 1 and capacity(nodes, 65) == 0
+    for per in range(1, 20): assert capacity([node(CPU=999., GPU=3.)], 1, int(1e4/per)/1e4) == 3*per
