@@ -20,7 +20,7 @@ from ..basics import InputError, Options, atomic_write, option, unknown, write_j
 from ..data.subsets import check_subset, manifest_hash, read_subset
 from ..diagnostics.diagnosis import diagnose
 from ..diagnostics.trajectory import label
-from ..engine.grid import run_cell
+from ..engine.grid import cores, run_cell
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import TrainSettings, numbers
@@ -210,9 +210,8 @@ class Ledger:
 def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Ledger:
     "Do what is not done, until it is or `o.minutes` are over. Raises `InputError`, when the rest is done, for jobs that failed."
     start, ledger = time.time(), Ledger(o)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     gpu = o.device.startswith('cuda') or o.device == 'auto' and torch.cuda.is_available()
-    workers = o.workers or (4 if gpu else cores)
+    workers = o.workers or (4 if gpu else cores())
     context = get_context('forkserver' if 'forkserver' in get_all_start_methods() else 'spawn')
     if context.get_start_method() == 'forkserver': context.set_forkserver_preload(['cdfss.report.real'])
     by_name, running, failed, done = {j.name: j for j in jobs}, {}, {}, {j.name: r for j in jobs if (r := ledger.run(j))}
@@ -222,7 +221,7 @@ def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Ledger:
     def begin(j):
         run = done.get(j.after)
         given = (_look, str(run.path), j.recipe, j.look) if j.look else (_train, j.settings | (dict(checkpoint=str(run.path)) if run else {}))
-        return _Running(context, max(1, cores//workers), *given)
+        return _Running(context, max(1, cores()//workers), *given)
     try:
         while todo or running:
             if o.minutes and time.time() - start > 60*o.minutes: break
