@@ -1,5 +1,5 @@
 "The scheduler of a grid: with made-up workers, with real processes that are killed, and on two Ray nodes of which one is lost. No torch in here."
-import json, random, signal, subprocess, sys, time
+import json, random, signal, socket, subprocess, sys, time
 from collections import deque
 from pathlib import Path
 import pytest
@@ -68,6 +68,18 @@ def test_without_a_worker_the_reason_is_told():
     schedule(grid, MadeUp(random.Random(0), 2, unfit=(0, 1)))
     assert {(c.status, c.said) for c in grid} == {('failed', 'no worker could be started: it sees no folder')}
 
+class Shrinking(MadeUp):
+    "A cluster that loses the node of its first worker: what is started in its place waits for a node for ever."
+    def slots(self): return self.count if 0 in self.alive or not self.starts else self.count - 1
+    def open(self, slot):
+        super().open(slot)
+        if self.starts: self.heard.pop()
+
+def test_a_cluster_that_shrinks_goes_on_with_what_is_left():
+    grid = [Cell(dict(n=0, ends=['died', 'done']))] + [Cell(dict(n=n, ends=['done'])) for n in range(1, 6)]
+    schedule(grid, engine := Shrinking(random.Random(0), 2))
+    assert {c.status for c in grid} == {'done'} and sorted(engine.starts) == [0, 0, 1, 2, 3, 4, 5]
+
 # ---- processes of this machine ----------------------------------------------------------------------------------------------
 def alive(pid:int) -> bool:
     try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
@@ -122,27 +134,45 @@ def nodes(monkeypatch):
     "A Ray cluster of two nodes, a CPU each, in this machine."
     monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
     ray = pytest.importorskip('ray')
+    from ray._private import node
     from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000))
-    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    real = node.Node.start_raylet
+    def start_raylet(self, *given, **more):
+        for name in ('metrics_agent', 'metrics_export', 'dashboard_agent_listen'):           # as its agent, which has no port without a dashboard, would write: a node that waits for it dies after 15 s
+            Path(self._session_dir, f'{name}_port_{self._node_id}').write_text('-1')
+        real(self, *given, **more)
+    monkeypatch.setattr(node.Node, 'start_raylet', start_raylet)
+    with socket.create_server(('', 0)) as one, socket.create_server(('', 0)) as two: ports = [s.getsockname()[1] for s in (one, two)]
+    settings = dict(num_cpus=1, object_store_memory=80_000_000, include_log_monitor=False)
+    cluster = Cluster(initialize_head=True, head_node_args=dict(include_dashboard=False, runtime_env_agent_port=ports[0], **settings))
+    second = cluster.add_node(runtime_env_agent_port=ports[1], **settings)
     ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
     yield cluster, second
     ray.shutdown()
     cluster.shutdown()
 
+class Together(RayCluster):
+    "Tells of no worker before both are ready, so that both have jobs from the start."
+    held: list|None = None
+    def next(self, timeout):
+        news = super().next(timeout)
+        if self.held is None: self.held = []
+        if news is None or len(self.held) == 2: return news
+        self.held.append(news)
+        if len(self.held) == 2: self.heard.extend(self.held)
+
 def test_a_lost_node_loses_nothing_that_was_finished(nodes, tmp_path):
     cluster, second = nodes
-    lost = []
-    grid = [Cell(dict(n=n, mark=str(tmp_path/str(n)), seconds=.3)) for n in range(6)] + [Cell(dict(n='long', mark=str(tmp_path/'long'), seconds=4.))]
-    engine, places = RayCluster(REHEARSAL), set()
+    grid, lost, places = [Cell(dict(n=n, mark=str(tmp_path/str(n)), seconds=s)) for n, s in enumerate((.5, .8, .3, .3, .3, .3))], [], set()
+    engine = Together(REHEARSAL)
     assert engine.slots() == 2
     def change(c):
-        if c.status == 'running' and c.where: places.add(c.where)
-        if not lost and c.status == 'done' and len(places) == 2:
-            running = next(r for r in grid if r.status == 'running')
-            if second.node_id.startswith(running.where.split('/')[1].split(',')[0]):         # in the middle of its job
-                lost.append(running)
-                cluster.remove_node(second, allow_graceful=False)
+        if c.status == 'running': places.add(c.where)
+        if c.status == 'done' and not lost:
+            for r in grid:
+                if r.status == 'running' and second.node_id.startswith(r.where.split('/')[1]) and Path(r.value['mark']).exists():          # in the middle of its job
+                    lost.append(r)
+                    cluster.remove_node(second, allow_graceful=False)
     schedule(grid, engine, retries=2, change=change)
     assert lost and len(places) == 2 and all(c.status == 'done' for c in grid), [(c.status, c.said) for c in grid]
     starts = {c.value['n']: len((tmp_path/str(c.value['n'])).read_text().split()) for c in grid}

@@ -171,17 +171,18 @@ def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell]
             now = time.monotonic()
             waiting.extend(c for t, c in held if t <= now)
             held = [(t, c) for t, c in held if t > now]
-            for slot in range(engine.slots()):
-                if slot not in state and left > sum(s != 'given up' for s in state.values()):
-                    state[slot] = 'starting'
-                    engine.open(slot)
-                if state.get(slot) == 'idle' and waiting:
-                    cell = at[slot] = waiting.popleft()
-                    state[slot], began[slot] = 'busy', now
-                    cell.attempts += 1
-                    engine.give(slot, cell.value)
-                    changed(cell, 'running', said='', where=names[slot])
-            if state and all(s == 'given up' for s in state.values()) and len(state) >= engine.slots():
+            fit = engine.slots()                                                             # of a cluster: now
+            while len(state) < fit and left > sum(s != 'given up' for s in state.values()):
+                slot = next(k for k in range(fit) if k not in state)
+                state[slot] = 'starting'
+                engine.open(slot)
+            for slot in [k for k, s in state.items() if s == 'idle'][:len(waiting)]:         # also those beyond a number that has shrunk
+                cell = at[slot] = waiting.popleft()
+                state[slot], began[slot] = 'busy', now
+                cell.attempts += 1
+                engine.give(slot, cell.value)
+                changed(cell, 'running', said='', where=names[slot])
+            if state and all(s == 'given up' for s in state.values()) and len(state) >= fit:
                 for cell in [*waiting, *(c for _, c in held)]: ended(cell, 'failed', said=f'no worker could be started: {reason}')
                 break
             if (news := engine.next(timeout=max(.01, min([t for t, _ in held], default=now + 5.) - now))) is not None: hear(news[0], **news[1])
