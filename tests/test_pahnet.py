@@ -123,12 +123,12 @@ def test_own_groups_train_and_resume(recipe, miniature, tmp_path, monkeypatch):
     before = {n: p.clone() for n, p in straight.named_parameters()}
     list(fit(straight, store, o, seed=0))
     assert all(not torch.equal(p, before[n]) for n, p in straight.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0)
-    calls, real = [], fit_module.collate
-    def collate(*a, **kw):
+    calls, real = [], fit_module.read_batch
+    def read(*a, **kw):
         if len(calls) == 3: raise KeyboardInterrupt
         calls.append(1)
         return real(*a, **kw)
-    monkeypatch.setattr(fit_module, 'collate', collate)
+    monkeypatch.setattr(fit_module, 'read_batch', read)
     with pytest.raises(KeyboardInterrupt): list(fit(broken, store, o, seed=0, state_file=tmp_path/'s', save_every=0.))
     monkeypatch.undo()
     again = segmenter(recipe)

@@ -155,13 +155,13 @@ class Stop(BaseException): pass
 
 def stopped(store, state_file, monkeypatch, at):
     "A fit that is stopped when it asks for batch number `at`."
-    count, real = [0], fit_module.collate
-    def counting(*a):
+    count, real = [0], fit_module.read_batch
+    def counting(*a, **kw):
         count[0] += 1
         if count[0] == at: raise Stop
-        return real(*a)
+        return real(*a, **kw)
     with monkeypatch.context() as m:
-        m.setattr(fit_module, 'collate', counting)
+        m.setattr(fit_module, 'read_batch', counting)
         with pytest.raises(Stop): trained(store, state_file)
 
 @pytest.mark.parametrize('at', [1, 2, 3, 4, 5, 7, 9])

@@ -2,17 +2,18 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'NATIVE', 'eight_bits', 'plain', 'fitted', 'pixels_of', 'decode_image', 'read_mask', 'decode_mask', 'ImageMap',
-           'map_kind', 'ImageStore', 'to_input', 'collate']
+           'map_kind', 'ImageStore', 'to_input', 'Raw', 'read_batch', 'collate']
 
 # %% ../../nbs/data/02_images.ipynb #5e4df88d
-import contextlib, json, os, struct, tempfile, time, zlib
+import contextlib, dataclasses, json, os, struct, tempfile, time, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int16, UInt8
+from jaxtyping import Bool, Float, Int, Int16, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from ..basics import InputError, Registry, cache_dir, shortened, unknown
@@ -285,10 +286,43 @@ def to_input(images_u8: UInt8[Tensor, "n 3 h w"], mean: Sequence[float], std: Se
     m, s = (torch.tensor(v, dtype=torch.float32, device=images_u8.device).view(1, 3, 1, 1) for v in (mean, std))
     return images_u8.float().div_(255).sub_(m).div_(s)
 
-def collate(store: ImageStore, episodes: Sequence[tuple[int, tuple[int, ...], int]], mean: Sequence[float], std: Sequence[float],
-            border: str='ignore', extras: Sequence[str]=()) -> Episode:
-    """A batch of (query position, support positions, class) with equal shots. `border='background'` turns void into background; `extras` names
-    image maps to supply.
+@dataclass
+class Raw:
+    """What the files hold of a batch of episodes: each image once, as bytes, and which of them is the query or a support of whom. Reading it needs no device and no
+    net, so that a thread can do so while a step is computed; `episode` makes what the net wants, on its device."""
+    images: UInt8[Tensor, "n 3 s s"] | None                  # None: not wanted
+    fg: Bool[Tensor, "n s s"]
+    void: Bool[Tensor, "n s s"]
+    maps: dict[str, Int16[Tensor, "n _ _"]]
+    query: Int[Tensor, "b"]
+    support: Int[Tensor, "b k"]
+    cls: Int[Tensor, "b"]
+    ids: list[tuple[str, ...]]
+    border: str
+    domain: str
+
+    def pinned(self) -> 'Raw':
+        "The same in memory that a GPU copies from without waiting."
+        pin = lambda v: v.pin_memory() if isinstance(v, Tensor) else {n: x.pin_memory() for n, x in v.items()} if isinstance(v, dict) else v
+        return dataclasses.replace(self, **{f.name: pin(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def episode(self, mean: Sequence[float], std: Sequence[float], device='cpu') -> Episode:
+        "The batch on a device, normalised there. Images that were not read are zeros that take no memory."
+        put = lambda t: t.to(device, non_blocking=True)
+        query, support, fg, void = map(put, (self.query, self.support, self.fg, self.void))
+        (b, k), (s, _) = support.shape, fg.shape[1:]
+        if self.images is None: asked, shown = (torch.zeros((), device=device).expand(*n, 3, s, s) for n in ((b,), (b, k)))
+        else:
+            pixels = put(self.images).permute(0, 2, 3, 1)                        # channels last, as convolutions like it
+            chosen = lambda rows: to_input(pixels.index_select(0, rows).permute(0, 3, 1, 2), mean, std)
+            asked, shown = chosen(query), chosen(support.flatten()).unflatten(0, (b, k))
+        ignored, place = self.border == 'ignore', torch.cat([query[:, None], support], 1)
+        return Episode(asked, shown, fg[support], query_mask=fg[query], ignore=void[query] if ignored else None, support_ignore=void[support] if ignored else None,
+                       cls=put(self.cls), ids=self.ids, extras={n: put(m)[place] for n, m in self.maps.items()}, domain=self.domain)
+
+def read_batch(store: ImageStore, episodes: Sequence[tuple[int, tuple[int, ...], int]], border: str='ignore', extras: Sequence[str]=(), images: bool=True) -> Raw:
+    """A batch of (query position, support positions, class) with equal shots, as the files have it. `border='background'` turns void into background; `extras` names
+    image maps to supply; without `images` those stay unread.
 
     Raises `InputError` for an empty batch, unequal shots, or a query that is one of its own supports."""
     if border not in ('ignore', 'background'): raise unknown('value of border', border, ['ignore', 'background'])
@@ -302,12 +336,13 @@ def collate(store: ImageStore, episodes: Sequence[tuple[int, tuple[int, ...], in
             raise InputError(f"{items[q].id}: an episode of class {c} mixes classes: draw the episodes again")
     order = list(dict.fromkeys(p for q, s, _ in episodes for p in (q, *s)))
     row = {p: n for n, p in enumerate(order)}
-    images = to_input(torch.stack([store.image(p) for p in order]), mean, std)
-    fg, ignore = (torch.stack(m) for m in zip(*(store.mask(p) for p in order)))
-    query = torch.tensor([row[q] for q, _, _ in episodes])
-    support = torch.tensor([[row[p] for p in s] for _, s, _ in episodes])
-    void, place = border == 'ignore', torch.cat([query[:, None], support], 1)
-    return Episode(images[query], images[support], fg[support], query_mask=fg[query], ignore=ignore[query] if void else None,
-                   support_ignore=ignore[support] if void else None, cls=torch.tensor([c for _, _, c in episodes]),
-                   ids=[tuple(items[p].id for p in (q, *s)) for q, s, _ in episodes],
-                   extras={n: torch.stack([store.map(n, p) for p in order])[place] for n in extras}, domain=store.dataset.name)
+    stack = lambda tensors: torch.from_numpy(np.stack([t.numpy() for t in tensors]))          # by numpy: in a thread of its own torch would start more threads
+    fg, void = map(stack, zip(*(store.mask(p) for p in order)))
+    return Raw(stack(store.image(p) for p in order) if images else None, fg, void, {n: stack(store.map(n, p) for p in order) for n in extras},
+               torch.tensor([row[q] for q, _, _ in episodes]), torch.tensor([[row[p] for p in s] for _, s, _ in episodes]), torch.tensor([c for _, _, c in episodes]),
+               [tuple(items[p].id for p in (q, *s)) for q, s, _ in episodes], border, store.dataset.name)
+
+def collate(store: ImageStore, episodes: Sequence[tuple[int, tuple[int, ...], int]], mean: Sequence[float], std: Sequence[float],
+            border: str='ignore', extras: Sequence[str]=()) -> Episode:
+    "The episodes as the net wants them, on the CPU; parameters and errors as in `read_batch`."
+    return read_batch(store, episodes, border, extras).episode(mean, std)

@@ -5,7 +5,7 @@ __all__ = ['Lost', 'FeatureStore', 'lasting_features', 'stored_match', 'at_nativ
            'Twins', 'predict', 'evaluate', 'needed_stages', 'needed_extras']
 
 # %% ../../nbs/engine/33_evaluate.ipynb #70fdb79b
-import contextlib, io, shutil, sys, tempfile, time
+import contextlib, io, itertools, shutil, sys, tempfile, time
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -102,11 +102,14 @@ class FeatureStore:
         return {s: together(s) for s in (self.kept[keys[0]] if ahead else self.stages)}
 
 # %% ../../nbs/engine/33_evaluate.ipynb #944754ea
-def lasting_features(segmenter:Segmenter, store:ImageStore, stages:tuple[str, ...], *, memory:float=1e9, **how) -> FeatureStore|None:
-    "A feature store that outlives training steps; None where training changes the backbone, modules or the base act on images or stages, or the data set is too large."
+def lasting_features(segmenter:Segmenter, store:ImageStore, stages:tuple[str, ...], *, memory:float=1e9, prefix:bool=False, **how) -> FeatureStore|None:
+    """A feature store that outlives training steps; None where training changes the backbone, modules or the base act on images or stages, or the data set is too large.
+    With `prefix` it holds what can be had of a backbone whose first stages alone are frozen: the last of these, and those of `stages` up to it."""
     net, was = segmenter.backbone, segmenter.training
     acts = any({'images', 'stage'} & set(m.seams) for m in segmenter.extras)
-    if acts or not segmenter.shares_encoding or net.bn == 'train' or any(p.requires_grad for p in net.parameters()): return None
+    still = list(itertools.takewhile(lambda n: net.bn != 'train' and not any(p.requires_grad for p in net.stages[n].parameters()), net.names))
+    if acts or not segmenter.shares_encoding or not still or not prefix and len(still) < len(net.names): return None
+    if len(still) < len(net.names): stages = tuple(n for n in net.outputs if n == still[-1] or n in stages and n.split('.')[0] in still)
     found = FeatureStore(segmenter.eval(), store, stages, memory=memory, disk=0, **how)
     found.get([0])
     segmenter.train(was)

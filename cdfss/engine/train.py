@@ -25,6 +25,7 @@ from ..data.miniature import miniature_root
 from .adapt import AdaptOptions, Tuner
 from .evaluate import Lost, evaluate, features_for, lasting_features, needed_stages, predict
 from .fit import FitOptions, fit
+from .processes import ALONE, Together, joined, launched
 from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
@@ -62,10 +63,14 @@ class RunOptions(Options):
     keep_epochs:bool       = option(False, "keep the weights after each followed epoch too, so that diagnostics can look epoch by epoch")
     device:str             = option('auto', "auto, cpu, cuda")
     workers:int            = option(0, "decoding threads; 0: one per core", low=0)
+    prefetch:int           = option(2, "training batches read ahead while a step is computed; 0: none", low=0)
+    fold_norms:bool        = option(True, "batch norms of fixed statistics done by the convolutions before them: faster, equal up to rounding")
+    compile:bool           = option(False, "torch.compile the backbone's stages: equal up to rounding; compiling takes a minute or more, so for long runs on a GPU")
+    processes:int          = option(1, "processes that share each training batch, a GPU for each (on a CPU: a core), through Hugging Face accelerate; not to be given under accelerate launch", low=1)
     runs:str               = option('runs', "folder for run folders")
 
 ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl', **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
-NOT_HASHED = ('data_root', 'device', 'workers', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
+NOT_HASHED = ('data_root', 'device', 'workers', 'prefetch', 'fold_norms', 'compile', 'processes', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),
               real=dict(size=400, epochs=20, fit_episodes=1200, backbone='resnet50'))
@@ -103,7 +108,7 @@ SECTIONS = dict(method='what to run', data_root='data', shots='evaluation', devi
 SECTIONS |= {next(iter(method_options())): 'options of the methods; those of methods that the recipe does not name are ignored'}
 
 # %% ../../nbs/engine/36_train.ipynb #8b18d0f5
-_DECIDED = {f.name for kind in (FitOptions, BackboneOptions) for f in dataclasses.fields(kind)} - {'precision'}
+_DECIDED = {f.name for kind in (FitOptions, BackboneOptions) for f in dataclasses.fields(kind)} - {'precision'} | {'prefetch', 'processes'}
 EvaluateSettings = make_dataclass('EvaluateSettings', [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in dataclasses.fields(TrainSettings)
                                                        if f.name not in _DECIDED], bases=(Options,), frozen=True)
 EVALUATE_SECTIONS = {k: v for k, v in SECTIONS.items() if k not in _DECIDED}
@@ -188,6 +193,7 @@ def segmenter_of(settings:Options, recipe=None) -> Segmenter:
     values = {k: getattr(settings, k) for k in method_options()}
     recipe = recipe or parse_recipe(settings.method)
     segmenter = build(recipe, create_backbone(part(settings, BackboneOptions)), values)
+    segmenter.backbone.quicken(settings.fold_norms, settings.compile)
     if settings.checkpoint:
         _, old, state = _checkpoint(settings)
         plug(segmenter, recipe, parse_recipe(old), state, f'checkpoint={settings.checkpoint}')
@@ -343,32 +349,59 @@ def _samples(s:Options, data:RunData, methods, tuner:Tuner, frame:pd.DataFrame, 
 def train(settings:Options, data:RunData|None=None, on_epoch:Callable=lambda row: None, say:Callable=print) -> Run:
     """Run the settings to a complete run folder, or find the one that is complete already. `on_epoch(row)` is told each epoch (also those restored).
 
+    Several processes share the run where a launcher started them (`accelerate launch`), or where `processes` asks for them, which are started then; the folder is
+    the same as that of one process, the first of them writes it, and it alone calls `on_epoch` and `say`.
     Raises `InputError` for bad input; what was computed before stays in the folder, and the same call continues from it."""
     s = resolve(settings)
-    data = data or prepare(s, say)
+    together = joined('cpu' if s.device == 'cpu' else 'cuda')
+    if together.count == 1 and s.processes > 1:
+        run = open_run(s, data or prepare(s, say))
+        if not run.complete or run.damage():
+            launched(_one_of, (dataclasses.replace(s, processes=1), data), s.processes, s.device, dict(on_epoch=on_epoch, say=say))
+            return run
+    if not together.main: on_epoch = say = lambda _: None
+    with together.after_main(): data = data or prepare(s, say)                       # files are decoded once
     run = open_run(s, data)
     whole = lambda: run.complete and not run.damage()
-    if not whole():
-        with run.working():
-            if not whole():                                                       # a process beside us may have finished it meanwhile
+    with run.working() if together.main and not whole() else contextlib.nullcontext():
+        if not together.told(together.main and whole()):                          # a process beside us may have finished it meanwhile
+            if not together.main: _help(s, data, together)
+            else:
                 if run.complete: say(f'{run.damage()}: the run is computed anew')
                 run.reopen()
-                try: _work(s, data, run, on_epoch, say)
+                try: _work(s, data, run, on_epoch, say, together)
                 except Lost as e:
-                    say(f'{e}: source training starts anew')
                     shutil.rmtree(run.path/'resume')
+                    if together.count > 1: raise InputError(f"{run.path}: {e}, so what it had computed is dropped; start the same command again") from None
+                    say(f'{e}: source training starts anew')
                     _work(s, data, run, on_epoch, say)
-                return run
-    shutil.rmtree(run.path/'resume', ignore_errors=True)                          # of a process that was killed between its last two steps
-    say(f'{run.path.name}: finished before, nothing is computed')
-    for row in run.history.to_dict('records'): on_epoch({**row, 'epochs': s.epochs})
+            together.told(None)                                                   # the others wait for the whole record
+            return run
+    if together.main:
+        shutil.rmtree(run.path/'resume', ignore_errors=True)                      # of a process that was killed between its last two steps
+        say(f'{run.path.name}: finished before, nothing is computed')
+        for row in run.history.to_dict('records'): on_epoch({**row, 'epochs': s.epochs})
     return run
+
+def _one_of(s:Options, data:RunData|None, on_epoch:Callable, say:Callable): train(s, data, on_epoch, say)
+
+def _fit(s:Options, data:RunData, segmenter:Segmenter, state_file:Path|None, together:Together):
+    "The rows of source training."
+    device = together.device or s.device
+    features = lasting_features(segmenter.train(), data.source, segmenter.needed, prefix=True, device=device, precision=s.precision)
+    return fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=device, state_file=state_file, features=features, prefetch=s.prefetch, together=together)
+
+def _help(s:Options, data:RunData, together:Together):
+    "What the processes beside the first one do: their share of every training batch."
+    torch.manual_seed(0)
+    segmenter = segmenter_of(s).to(together.device, memory_format=torch.channels_last)
+    for _ in _fit(s, data, segmenter, None, together) if s.epochs else (): pass
 
 def save_weights(segmenter:Segmenter, path:Path) -> Path:
     state = {k: v.contiguous() for k, v in segmenter.state_dict().items()}
     return atomic_write(path, save(state))                                        # as bytes: safetensors' own file writer has another error for a full disk
 
-def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
+def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable, together:Together=ALONE):
     resume, begun = run.path/'resume', time.monotonic()
     torch.manual_seed(0)
     segmenter = segmenter_of(s).to(s.device, memory_format=torch.channels_last)
@@ -377,7 +410,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     tuner = Tuner(part(s, AdaptOptions), ledger, run.path/'adapted' if s.adapt_keep else None)
     watched = {m: each for m, each in methods.items() if each.tuning is None}         # source training is followed without tuning on the targets
     write_json(run.path/'params.json', s.dict())
-    write_json(run.path/'env.json', environment(s.device))
+    write_json(run.path/'env.json', environment(s.device) | ({'processes': together.count} if together.count > 1 else {}))
     for (name, k), m in data.manifests.items(): m.save(run.path/'manifests'/f'{name}-{k}shot.json')
     tracked, total = [], s.epochs
     lasting = {name: lasting_features(segmenter, store, needed_stages(methods), **how) for name, store in ((s.source, data.validation), *data.targets.items())}
@@ -411,8 +444,7 @@ def _work(s:Options, data:RunData, run:Run, on_epoch:Callable, say:Callable):
     add({'epoch': 0, **zero, 'seconds': round(time.monotonic() - t0, 2)})
     if total:
         t0 = time.monotonic()
-        for row in fit(segmenter, data.source, part(s, FitOptions), seed=s.seed, device=s.device, state_file=resume/'state.pt',
-                       features=lasting_features(segmenter.train(), data.source, segmenter.needed, **how)):
+        for row in _fit(s, data, segmenter, resume/'state.pt', together):
             found = follow(row['epoch'], row.get('restored', False))
             if not row.get('restored'): row |= found | {'seconds': round(time.monotonic() - t0, 2)}
             add(row)
@@ -485,4 +517,5 @@ def load_segmenter(run:Run|str|Path, recipe:str|None=None, epoch:int|None=None) 
     try: state = load_file(path)
     except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
     plug(segmenter, new, old, state, path)
+    segmenter.backbone.quicken()
     return segmenter.eval()

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['NETS', 'VITS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'resnet50_deepstem', 'resnet101_deepstem', 'miniature',
            'miniature_weights', 'read_state', 'load_state', 'vit_name', 'is_vit', 'usual_depth', 'Patches',
-           'Transformer', 'Upsampler', 'vit_state', 'Row', 'split_stages', 'block_ends', 'whole_blocks',
-           'BackboneOptions', 'Backbone', 'parse_stages', 'resolve_backbone', 'published_state', 'backbone_of',
-           'create_backbone', 'image_size']
+           'Transformer', 'Upsampler', 'vit_state', 'Row', 'split_stages', 'block_ends', 'whole_blocks', 'FoldedNorm',
+           'FoldedConv', 'foldable', 'fold_norms', 'BackboneOptions', 'Backbone', 'parse_stages', 'resolve_backbone',
+           'published_state', 'backbone_of', 'create_backbone', 'image_size']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
 import contextlib, difflib, io, itertools, math, re, sys, zipfile
@@ -239,6 +239,45 @@ def whole_blocks(stage:nn.Module) -> list[nn.Module]:
     return stage.readable if isinstance(stage, Row) else [m for m in stage.modules() if isinstance(m, (BasicBlock, Bottleneck))]
 
 # %% ../../nbs/models/10_backbones.ipynb #cb2c0eb7
+class FoldedNorm(nn.BatchNorm2d):
+    "A batch norm that leaves its work to the convolution before it, while `fold` is set and its statistics are fixed."
+    fold = False
+
+    @property
+    def folds(self) -> bool: return self.fold and not self.training
+
+    def line(self) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+        "Factor and offset of each channel."
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x): return x if self.folds else super().forward(x)
+
+class FoldedConv(nn.Conv2d):
+    "A convolution that does the work of the batch norm behind it too, where that one leaves it. `norm` holds that one in a tuple, so that it is no part of this module."
+    norm: tuple[FoldedNorm] = ()
+
+    def forward(self, x):
+        [norm] = self.norm
+        if not norm.folds: return super().forward(x)
+        scale, shift = norm.line()
+        return self._conv_forward(x, self.weight * scale.view(-1, 1, 1, 1), shift if self.bias is None else shift + scale * self.bias)
+
+def foldable(net:nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    "Convolutions with the batch norm that directly follows, in the parts that run their children in order: sequences, ResNets and their blocks."
+    def last(m): return last(m[-1]) if isinstance(m, nn.Sequential) and len(m) else m
+    parts = (m for m in net.modules() if isinstance(m, (nn.Sequential, ResNet, BasicBlock, Bottleneck)))
+    found = ((last(a), b) for m in parts for a, b in itertools.pairwise(m.children()))
+    return [(a, b) for a, b in found if type(a) in (nn.Conv2d, FoldedConv) and type(b) in (nn.BatchNorm2d, FoldedNorm) and b.affine and b.track_running_stats and a.out_channels == b.num_features]
+
+def fold_norms(net:nn.Module, on:bool=True) -> int:
+    "Let the convolutions of a net do the work of the batch norms behind them, wherever and whenever those have fixed statistics, or no longer (`on`). How many there are."
+    pairs = foldable(net)
+    for conv, norm in pairs:
+        conv.__class__, norm.__class__, conv.norm, norm.fold = FoldedConv, FoldedNorm, (norm,), on
+    return len(pairs)
+
+# %% ../../nbs/models/10_backbones.ipynb #b7d68cfb
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
@@ -262,7 +301,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.names, self.frozen, self.bn, self.name = tuple(stages), tuple(frozen), bn, name
-        self.mean, self.std, self.options = tuple(mean), tuple(std), options
+        self.mean, self.std, self.options, self.compiled = tuple(mean), tuple(std), options, False
         self.ends = {f'{s}.{i}': m for s, stage in stages.items() for i, m in enumerate(block_ends(stage))}
         for m in self.ends.values(): m.inplace = False                    # what enters them may be kept
         self.blocks = {s: tuple(n for n in self.ends if n.startswith(f'{s}.')) or (s,) for s in stages}
@@ -287,6 +326,14 @@ class Backbone(nn.Module):
         for n in self.frozen: self.part(n).eval()
         return self
 
+    def quicken(self, fold:bool=True, compile:bool=False) -> 'Backbone':
+        "Fold batch norms into convolutions, and compile each stage (`torch.compile`, when it is first run); the numbers stay the same up to rounding."
+        fold_norms(self, fold)
+        if compile and not self.compiled:
+            for stage in self.stages.values(): stage.compile()
+        self.compiled = self.compiled or compile
+        return self
+
     @contextlib.contextmanager
     def reading(self, blocks, out:dict[str, Tensor]):
         "While open, what enters the last activation of the named blocks, or leaves a block of a `Row`, is put into `out`."
@@ -295,7 +342,9 @@ class Backbone(nn.Module):
             if not isinstance(row, Row): return self.ends[n].register_forward_pre_hook(lambda _, args: out.update({n: args[0]}))
             return self.ends[n].register_forward_hook(lambda _, args, made: out.update({n: made.movedim(-1, 1) if row.last else made}))
         hooks = [hook(n) for n in blocks if n in self.ends]
-        try: yield
+        plain = torch.compiler.set_stance('force_eager') if hooks and self.compiled else contextlib.nullcontext()              # compiled code knows no new hooks
+        try:
+            with plain: yield
         finally:
             for h in hooks: h.remove()
 
@@ -332,7 +381,7 @@ def parse_stages(text:str, names, blocks=()) -> tuple[str, ...]:
         if s not in names and s not in blocks: raise unknown('stage in freeze', s, [*names, *blocks] if '.' in s else names)
     return tuple(chosen)
 
-# %% ../../nbs/models/10_backbones.ipynb #b7d68cfb
+# %% ../../nbs/models/10_backbones.ipynb #10d33730
 def resolve_backbone(o:BackboneOptions) -> BackboneOptions:
     "The options with every `auto` decided."
     small, vit = o.backbone == 'miniature', is_vit(o.backbone)
