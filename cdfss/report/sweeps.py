@@ -203,7 +203,7 @@ def sweep(o:SweepOptions, say:Callable=print, show:Callable=lambda frame: None) 
         whole = lambda s: s | {k: str(Path(s[k]).resolve()) for k in ('runs', 'data_root') if s.get(k)} | {k: str(Path(s[k]).resolve()) for k in ('checkpoint', 'weights') if s.get(k) and Path(s[k]).exists()}
         settings = [whole(s) for s in settings]
         gpus = 0 if all(s.get('device') == 'cpu' for s in settings) else o.workers_per_gpu
-        engine = RayCluster('cdfss.engine.grid:run_cell', o.address, o.threads, gpus, o.workers, sees=str(record.resolve()))
+        engine = RayCluster('cdfss.engine.grid:run_cell', o.address, o.threads, gpus, o.workers, sees=[str(record.resolve()), *dict.fromkeys(s['data_root'] for s in settings if s['data_root'])])
     else: engine = local_workers(settings, o.workers, o.threads, o.workers_per_gpu)
     grid = [Cell(s) for s in settings]
     board = Board(grid, record, about, say, show)
