@@ -186,7 +186,9 @@ def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell]
                 for cell in [*waiting, *(c for _, c in held)]: ended(cell, 'failed', said=f'no worker could be started: {reason}')
                 break
             if (news := engine.next(timeout=max(.01, min([t for t, _ in held], default=now + 5.) - now))) is not None: hear(news[0], **news[1])
-    finally: engine.close()
+    finally:
+        engine.close()
+        for cell in at.values(): cell.status, cell.said = 'waiting', 'interrupted'
     return cells
 
 # %% ../../nbs/engine/39_workers.ipynb #f4759134
