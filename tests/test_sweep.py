@@ -1,5 +1,5 @@
 "Sweeps: the grammar of the grid, placement, the live table and its record, real runs whose worker is killed, the notebook."
-import json, os, shutil, signal, subprocess, sys
+import functools, json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -86,7 +86,7 @@ def test_runs_of_a_sweep_whose_worker_is_killed_are_those_of_train(small, tmp_pa
                 except OSError: continue
                 if words[1][1] == str(os.getpid()) and 'cdfss.engine.grid:run_cell' in words[0]: os.kill(int(p.name), signal.SIGKILL)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sweeps.Board.__init__, '__defaults__', (*Board.__init__.__defaults__[:-1], 0.))
+        m.setattr(sweeps, 'Board', functools.partial(Board, every=0.))                     # every line is shown
         done = sweep(o, kill, show)
     assert 'now' in killed and [c.attempts for c in done.grid] == [1, 2] and not done.failed and any('SIGKILL' in l for l in said)
     for c in done.grid:

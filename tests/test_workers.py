@@ -132,7 +132,7 @@ def test_without_ray_a_line_says_how_to_have_it(monkeypatch):
 @pytest.fixture
 def nodes(monkeypatch):
     "A Ray cluster of two nodes, a CPU each, in this machine."
-    monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
+    for name, value in dict(RAY_USAGE_STATS_ENABLED=0, RAY_worker_register_timeout_seconds=600).items(): monkeypatch.setenv(name, str(value))       # Ray waits for ever for a worker that it gave up
     ray = pytest.importorskip('ray')
     from ray._private import node
     from ray.cluster_utils import Cluster

@@ -20,7 +20,7 @@ def cells(**axes:Iterable) -> list[dict]:
 def run_cell(settings:dict, say:Callable=lambda line: None) -> dict:
     "Train one cell in this process: its folder as `run`, and `found`, whether it was finished before. Raises `InputError` as `train` does."
     try:
-        s = resolve(TrainSettings.make(settings))
+        s = resolve(TrainSettings.make(dict(workers=torch.get_num_threads()) | settings))     # decoding keeps to the worker's share of the cores
         data = prepare(s, say)
         run = open_run(s, data)
         found = run.complete

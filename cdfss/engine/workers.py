@@ -186,7 +186,9 @@ def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell]
                 for cell in [*waiting, *(c for _, c in held)]: ended(cell, 'failed', said=f'no worker could be started: {reason}')
                 break
             if (news := engine.next(timeout=max(.01, min([t for t, _ in held], default=now + 5.) - now))) is not None: hear(news[0], **news[1])
-    finally: engine.close()
+    finally:
+        engine.close()
+        for cell in at.values(): cell.status, cell.said = 'waiting', 'interrupted'
     return cells
 
 # %% ../../nbs/engine/39_workers.ipynb #f4759134
@@ -218,7 +220,7 @@ class _Actor:
     def ready(self):
         import ray
         where = f'{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}' + (f", GPU {os.environ['CUDA_VISIBLE_DEVICES']}" if os.environ.get('CUDA_VISIBLE_DEVICES') else '')
-        if self.sees and not os.path.exists(self.sees): return dict(kind='unfit', said=f'{where} does not see {os.path.dirname(self.sees)}: all nodes must share the folder of the runs')
+        if hidden := [p for p in self.sees if not os.path.exists(p)]: return dict(kind='unfit', said=f'{where} does not see {hidden[0]}: the nodes must share the folders of the runs and the data')
         self.function = function_named(self.job)
         return dict(kind='ready', where=where)
     def run(self, value): return outcome(self.function, value, self._say)
@@ -227,23 +229,24 @@ class _Actor:
 
 class RayCluster:
     """Workers on a Ray cluster at `address` (None: one on this machine alone), each with `cpus` (0: one, or a GPU worker's share of its node) and, where nodes have GPUs and
-    `per_gpu` is not 0, a GPU shared by `per_gpu` workers; `most` workers (0: as many as fit). `sees`: a file that a worker must see to be of use.
+    `per_gpu` is not 0, a GPU shared by `per_gpu` workers; `most` workers (0: as many as fit). `sees`: files and folders that a worker must see to be of use.
     Raises `InputError` when Ray is not installed, no cluster answers, or not one worker fits."""
-    def __init__(self, job:str, address:str|None=None, cpus:int=0, per_gpu:int=1, most:int=0, sees:str|None=None, environment:dict[str, str]={}):
+    def __init__(self, job:str, address:str|None=None, cpus:int=0, per_gpu:int=1, most:int=0, sees:Sequence[str]=(), environment:dict[str, str]={}):
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
         try: import ray
         except ImportError: raise InputError("engine=ray: Ray is not installed; pip install 'cdfss[ray]', or give engine=local") from None
         self.ray, self.own, self.most, self.told = ray, not ray.is_initialized(), most, None
         if self.own:
             try: ray.init(**(dict(address=address) if address else dict(address='local', include_dashboard=False)), log_to_driver=False, logging_level='error')
-            except (ConnectionError, ValueError, RuntimeError) as e:
-                raise InputError(f"address={address}: no Ray cluster answers there ({str(e).strip().splitlines()[0]}); start one with `ray start --head`, or leave address out") from None
+            except Exception as e:                                                           # it raises whatever comes, also a bare Exception
+                why, what = (str(e).strip().splitlines() or [type(e).__name__])[0], f'address={address}: no Ray cluster answers' if address else 'engine=ray: Ray does not start here'
+                raise InputError(f"{what} ({why}); start one with `ray start --head`, or give engine=local") from None
         nodes = [n['Resources'] for n in ray.nodes() if n['Alive']]
         gpus = [n for n in nodes if n.get('GPU')] if per_gpu else []
         self.gpu = int(1e4/per_gpu)/1e4 if gpus else 0.
         self.cpus = cpus or max(1, int(min(n.get('CPU', 1)//(n['GPU']*per_gpu) for n in gpus))) if gpus else cpus or 1
         self.actor = ray.remote(_Actor).options(num_cpus=self.cpus, num_gpus=self.gpu, max_restarts=0, max_concurrency=2, scheduling_strategy='SPREAD')
-        self.given = (job, {'OMP_NUM_THREADS': str(self.cpus), 'OMP_WAIT_POLICY': 'PASSIVE', **environment}, sees)
+        self.given = (job, {'OMP_NUM_THREADS': str(self.cpus), 'OMP_WAIT_POLICY': 'PASSIVE', **environment}, list(sees))
         self.actors, self.pending, self.running, self.heard, self.lines, self.names = {}, {}, set(), deque(), {}, {}
         if not self.slots():
             self.close()

@@ -15,6 +15,7 @@ from ..engine.grid import cells, local_workers, words
 from ..engine.runs import Run
 from ..engine.train import RunOptions, TrainSettings, deciding, names, resolve
 from ..engine.workers import Cell, RayCluster, schedule
+from ..methods.seams import method_options, used_options
 from . import tables
 
 # %% ../../nbs/report/61_sweeps.ipynb #97956abf
@@ -167,8 +168,11 @@ class Sweep:
         if not done: return []
         extra = varied([c.value for c in done])
         rows = tables.results(c.result['run'] for c in done)
-        labels = {Path(c.result['run']).name: ' '.join(f'{k}={c.value[k]}' for k in extra if k in c.value) for c in done}
-        rows['method'] = [f'{m} {labels[r]}'.strip() for m, r in zip(rows['method'], rows['run'])]
+        value_of, options = {Path(c.result['run']).name: c.value for c in done}, method_options()
+        def label(run, method, own):
+            used = set(options) if own else set(used_options(method.split(',')[0]))          # what is scored beside a recipe does not know all its options
+            return ' '.join([method, *(f'{k}={value_of[run][k]}' for k in extra if k in value_of[run] and (k not in options or k in used))])
+        rows['method'] = [label(*r) for r in zip(rows['run'], rows['method'], rows['own'])]
         found = []
         for _, g in rows.groupby(['protocol', 'counted'], sort=False):
             alike = {}
@@ -203,7 +207,7 @@ def sweep(o:SweepOptions, say:Callable=print, show:Callable=lambda frame: None) 
         whole = lambda s: s | {k: str(Path(s[k]).resolve()) for k in ('runs', 'data_root') if s.get(k)} | {k: str(Path(s[k]).resolve()) for k in ('checkpoint', 'weights') if s.get(k) and Path(s[k]).exists()}
         settings = [whole(s) for s in settings]
         gpus = 0 if all(s.get('device') == 'cpu' for s in settings) else o.workers_per_gpu
-        engine = RayCluster('cdfss.engine.grid:run_cell', o.address, o.threads, gpus, o.workers, sees=str(record.resolve()))
+        engine = RayCluster('cdfss.engine.grid:run_cell', o.address, o.threads, gpus, o.workers, sees=[str(record.resolve()), *dict.fromkeys(s['data_root'] for s in settings if s['data_root'])])
     else: engine = local_workers(settings, o.workers, o.threads, o.workers_per_gpu)
     grid = [Cell(s) for s in settings]
     board = Board(grid, record, about, say, show)
