@@ -76,7 +76,7 @@ def test_the_plan(data, tmp_path):
     jobs = plan(o)
     names = [j.name for j in jobs]
     assert len(set(names)) == len(names) and all(not j.after or j.after in names[:k] for k, j in enumerate(jobs))
-    assert {j.settings['protocol'] for j in jobs if not j.look} == {'subset'} and NEAR not in jobs[8].settings['targets']
+    assert {j.settings['protocol'] for j in jobs if not j.look} == {'subset'} and NEAR not in next(j for j in jobs if j.name == 'ifa, seed 0').settings['targets']
     small = [j for j in jobs if j.name.startswith('ssp+apm')]
     assert all(j.settings['epochs'] == 0 and j.after.startswith('ssp+lcm') for j in small)
     assert all(j.name.endswith(('0', '1')) for j in plan(dataclasses.replace(o, parts='core')))
@@ -117,7 +117,7 @@ def test_tables_and_verdicts_from_the_records(done, tmp_path, records):
     assert results.loc[('ssp', 'isic', 5), 'manifest'] == manifest_hash('isic', 3, 5)[:8]
     text = (tmp_path/'real/runs.txt').read_text()
     assert 'subset: 18 images, 3 classes' in text and 'commit' in text and str(o.data) not in text
-    assert (table.real[table.source != 'loec.md, claim a'] == 'cannot tell').all() and table.value.notna().sum() > 3       # one seed has no interval over seeds
+    assert (table.real[table.source != 'loec.md, claim a'] == 'cannot tell').all() and table.value[table.claim.str.startswith('LCM gains (')].notna().all()       # one seed has no interval over seeds
     assert 'LoEC: LCM gains (+2.57)' in claims_text(table) and not list((tmp_path/'real').glob('predictions*'))
     real.tell(real.ClaimOptions(runs=str(tmp_path/'none'), figures=str(tmp_path/'real')), said.append)
     assert 'not there; the verdicts are those of' in said[-1]
