@@ -15,7 +15,7 @@ export UV_NATIVE_TLS   := 1
 # waiting threads that spin slow each other down many times over when other work shares the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test browser study figures real-study real-figures own-images export clean-notebooks lock wheel
+.PHONY: setup train test browser study figures real-study real-figures own-images export clean-notebooks lock wheel campaign fuzz check-setup
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -73,3 +73,15 @@ real-figures: setup
 # how well one's own images are segmented, on the data sets below DATA: figures/own_images.csv; BACKBONES="miniature; resnet18 weights=FILE size=320"
 own-images: setup
 	$(BIN)/python -c "import sys; from cdfss.use.trial import TrialOptions, try_out; try_out(TrialOptions(data_root=sys.argv[1] or None, backbones=sys.argv[2]))" "$(DATA)" "$(BACKBONES)"
+
+# tiny runs killed, starved of disk, damaged and doubled at random moments; each has to end as the undisturbed one did: ARGS="--trials 300 --seed 0"
+campaign: setup
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python tests/campaign.py $(ARGS)
+
+# the readers, the guard of parameters and the loaders on random and damaged input: ARGS is the number of examples a test
+fuzz: setup
+	CDFSS_FUZZ=$(or $(ARGS),500) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py
+
+# README's two commands in a fresh clone and an empty environment, and what they print; ARGS="--only train" for the first
+check-setup:
+	$(PYTHON) tests/setup_check.py $(ARGS)

@@ -89,7 +89,7 @@ def part(a):
     s = (load_official(a.method, a.checkpoint) if a.checkpoint else build(a.method, create_backbone(options))).eval()
     data = open_dataset(a.data, a.data_root or miniature_root())
     if a.images: data = data.without(set(range(len(data))) - {p for ps in data.by_class.values() for p in ps[:max(1, a.images // len(data.by_class))]})
-    if before: s.learner.decoder2[-1].bias[1] -= torch.load(*before)['shift']
+    if before: s.learner.decoder2[-1].bias[1] -= torch.load(*before, weights_only=True)['shift']
     with tempfile.TemporaryDirectory() as cache:
         store, seconds, found, areas = ImageStore(data, a.size, cache=Path(cache)), [], [], []
         features = FeatureStore(s.to(memory_format=torch.channels_last) if way == 'ours' else s, store, needed_stages({'m': s}), spill=Path(cache))
@@ -114,7 +114,7 @@ def main():
         done = {}
         for way, before in (('plain', ''), ('ours', f',{d}/plain.pt')):
             subprocess.run([sys.executable, *sys.argv, '--part', f'{way},{d}/{way}.pt{before}'], check=True)
-            done[way] = torch.load(f'{d}/{way}.pt')
+            done[way] = torch.load(f'{d}/{way}.pt', weights_only=True)
     print(f"objects cover {100 * done['plain']['area']:.0f} % of the supports; images encoded: {2*a.shots*a.episodes} against {done['ours']['encoded']}; mean over the episodes of seconds an episode:")
     print(f"{'way':>6} {'encode':>8} {'compare':>8} {'all':>8} {'ratio':>6} {'processor':>10} {'ratio':>6} {'peak GB':>8}")
     mean = {way: torch.tensor(r['seconds']) for way, r in done.items()}

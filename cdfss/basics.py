@@ -12,8 +12,11 @@ from typing import Any, Callable, Iterable
 # %% ../nbs/01_basics.ipynb #dce06f1a
 class InputError(ValueError):
     """Bad input: one line that names the file or parameter, what was expected, and what to do. What a file name or a file brings into the line that no terminal
-    should get (line ends, control characters, bytes that are no text) is shown as its code."""
-    def __str__(self): return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in super().__str__())
+    should get (line ends, control characters, bytes that are no text) is shown as its code, and a very long line loses its middle."""
+    def __str__(self):
+        line = super().__str__()
+        if len(line) > 3000: line = f'{line[:2000]} ... {line[-800:]}'
+        return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
 
 def shortened(value, most:int=200) -> str:
     "Text for a message, cut where it is very long."

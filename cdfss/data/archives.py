@@ -96,7 +96,7 @@ def _unpack(archive: Path, folder: Path, budget: Budget) -> dict[str, dict]:
     files = {}
     for name, kind, what in members(archive, budget):
         path = folder/name
-        if not name or name.split('/')[0] == '__MACOSX': continue
+        if not name or name.split('/')[0] == '__MACOSX' or name == RECORD: continue
         if kind == 'folder': path.mkdir(parents=True, exist_ok=True); continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == 'file': files[name] = _copy(what, path, budget)

@@ -80,30 +80,35 @@ def decode_mask(path: Path, size: int, index: bool, pad: bool=False) -> tuple[di
     return {'native': list(values.shape), 'count': {str(v): int(count[v]) for v in np.flatnonzero(count)}, 'top': top}, small
 
 # %% ../../nbs/data/02_images.ipynb #17daeddc
-_MAGIC = b'cdf1'
+_MAGIC = b'cdf2'                                                         # then checksums of header and array, the header's length, the header, the array
 
 def _pack(meta: dict, array: np.ndarray) -> bytes:
-    head = json.dumps({**meta, 'shape': array.shape}).encode()
-    body = struct.pack('<I', len(head)) + head + array.tobytes()
-    return _MAGIC + struct.pack('<I', zlib.crc32(body)) + body
+    head, body = json.dumps({**meta, 'shape': array.shape}).encode(), array.tobytes()
+    return _MAGIC + struct.pack('<III', zlib.crc32(head), zlib.crc32(body), len(head)) + head + body
+
+def _head(blob: bytes) -> tuple[dict, int] | None:
+    "The header and where it ends, or None when it is not whole."
+    if len(blob) < 16 or blob[:4] != _MAGIC: return None
+    sum_, _, length = struct.unpack('<III', blob[4:16])
+    head = blob[16:16 + length]
+    return (json.loads(head), 16 + length) if len(head) == length and zlib.crc32(head) == sum_ else None
 
 def _unpack(blob: np.ndarray) -> tuple[dict, np.ndarray] | None:
     "Header and array of a record (a view), or None when it is not whole."
-    if len(blob) < 12 or blob[:4].tobytes() != _MAGIC or zlib.crc32(blob[8:]) != struct.unpack('<I', blob[4:8])[0]: return None
-    start = 12 + struct.unpack('<I', blob[8:12])[0]
-    meta = json.loads(blob[12:start].tobytes())
+    found = _head(blob[:16].tobytes() + blob[16:16 + int.from_bytes(blob[12:16].tobytes(), 'little')].tobytes())
+    if found is None or zlib.crc32(blob[found[1]:]) != struct.unpack('<I', blob[8:12])[0]: return None
+    meta, start = found
     return meta, blob[start:].reshape(meta['shape'])
 
 def _read_meta(path: Path) -> dict | None:
-    "The header of a record of the right length, or None; the bytes are checked when they are read."
+    "The header of a record of the right length, or None; the array's checksum is looked at when it is read."
     try:
         with open(path, 'rb') as f:
-            start = f.read(12)
-            length = struct.unpack('<I', start[8:])[0]
-            meta = json.loads(f.read(length))
-            whole = start[:4] == _MAGIC and os.fstat(f.fileno()).st_size == 12 + length + int(np.prod(meta['shape']))
-        return meta if whole else None
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError): return None
+            start = f.read(16)
+            if (found := _head(start + f.read(int.from_bytes(start[12:16], 'little')))) is None: return None
+            meta, at = found
+            return meta if os.fstat(f.fileno()).st_size == at + int(np.prod(meta['shape'])) else None
+    except OSError: return None
 
 def _put(path: Path, blob: bytes, scratch: Path):
     "Writes a record through a file in `scratch`; atomic by rename. No sync to disk: the checksum finds what a crash tore."

@@ -81,7 +81,7 @@ class DataSet:
 
 # %% ../../nbs/data/01_layouts.ipynb #5f02c5e6
 IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'}
-FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'DIB', 'TIFF', 'GIF', 'PPM', 'WEBP')       # what a file may hold, whatever its name: no PostScript, which Pillow would have run
+FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'TIFF', 'GIF', 'PPM', 'WEBP')              # what a file may hold, whatever its name: no PostScript, which Pillow would have run
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)      # what Pillow raises for damaged files
 
 def _descend(root: Path, relative: str) -> Path | None:
@@ -121,7 +121,7 @@ class _Pairs:
         "Adds `image` with the first of the possible `masks` that exists."
         mask = next((m for m in masks if m.is_file()), None)                # no pipe or device, which might be read for ever
         inside = Path(os.path.normpath(image)).is_relative_to(os.path.normpath(self.root)) and (mask is None or Path(os.path.normpath(mask)).is_relative_to(os.path.normpath(self.root)))
-        if not inside: self.problems.append(f"{image}: outside the folder of the data sets: mend the list that names it")
+        if not inside: self.problems.append(f"{image}: outside {self.root}: mend the list that names it")
         elif not str(image).isascii() and any(0xd800 <= ord(c) < 0xe000 for c in str(image)): self.problems.append(f"{image}: a file name that is no text (UTF-8): rename the file")
         elif not image.is_file(): self.problems.append(f"{image}: missing image (of mask {masks[0].name})")
         elif mask is None: self.problems.append(f"{image}: missing mask, looked for {' or '.join(str(m.relative_to(self.root)) for m in masks)}")
@@ -217,6 +217,7 @@ def read_fss(root: Path, split: str) -> DataSet:
                                            hint="put the list of class names there (a name a line), or use split='all'"))))
     pairs = _Pairs(root)
     for c, name in enumerate(classes):
+        if Path(name).name != name or name == '..': pairs.problems.append(f"{base}: split '{split}' names a class '{shortened(name)}', which is no folder in it: mend the list"); continue
         if not (base/name).is_dir(): pairs.problems.append(f"{base/name}: missing folder of class '{name}' of split '{split}'"); continue
         images = _pictures(base/name, {'.jpg', '.jpeg'})
         if not images: pairs.problems.append(f"{base/name}: no .jpg image in the folder of class '{name}'")

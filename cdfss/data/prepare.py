@@ -407,6 +407,7 @@ def _counts(text: str) -> list[int]:
 
 def _check_coco(coco):
     "Everything that pycocotools' C code takes on trust. Raises `ValueError`, and what missing keys and other types raise."
+    if not all(isinstance(coco.dataset[k], list) for k in ('images', 'annotations', 'categories')): raise ValueError('no lists of images, annotations and categories')
     names = [c['name'] for c in coco.cats.values()]
     if not all(isinstance(n, str) and n.isprintable() and n for n in names): raise ValueError('a category whose name is no line of text')
     if not all(type(i) is int for i in (*coco.cats, *coco.imgs)): raise ValueError('an id that is no whole number')

@@ -18,7 +18,7 @@ from ..basics import Busy, InputError, Options, atomic_write, check_option, file
 def injected(cells:list[str]) -> set[str]:
     "Names assigned in the cell that papermill injected; empty when there is none."
     found = [c for c in cells if c.startswith('# Parameters\n')]
-    return {t.id for node in ast.parse(found[-1]).body if isinstance(node, ast.Assign) for t in node.targets} if found else set()
+    return {t.id for node in ast.parse(found[-1]).body if isinstance(node, ast.Assign) for target in node.targets for t in ast.walk(target) if isinstance(t, ast.Name)} if found else set()
 
 def read_parameters(kind:type[Options], namespace:dict, cells:list[str]=()) -> Options:
     "The settings that a notebook's variables describe; `cells` is IPython's `In`. Raises `InputError` for the first that is wrong."
@@ -74,9 +74,12 @@ class Run:
 
     def json(self, name:str) -> dict:
         "One of the run's JSON records. Raises `InputError` when it is absent or damaged."
-        try: return json.loads(self.record(f'{name}.json').read_text())
+        try:
+            if isinstance(found := json.loads(self.record(f'{name}.json').read_text()), dict): return found
+            raise ValueError('no object')
+        except InputError: raise
         except FileNotFoundError: raise InputError(f"{self.path}: no {name}.json; is this a run folder, and did the run finish?") from None
-        except ValueError: raise InputError(f"{self.path/name}.json is not readable JSON; run the same command again to make it anew") from None
+        except (ValueError, RecursionError): raise InputError(f"{self.path/name}.json is not readable JSON; run the same command again to make it anew") from None
 
     def _frame(self, read, name:str) -> pd.DataFrame:
         try: return read(self.record(name))
@@ -105,7 +108,9 @@ class Run:
     def samples(self) -> dict[str, np.ndarray]:
         "The arrays of the kept predictions, by their names."
         try:
-            with np.load(self.record('samples.npz')) as z: return {k: z[k] for k in z.files}
+            with np.load(self.record('samples.npz')) as z: found = {k: z[k] for k in z.files}
+            if all(isinstance(v, np.ndarray) for v in found.values()): return found
+            raise ValueError('something else than arrays')
         except (FileNotFoundError, InputError): raise
         except Exception as e: raise InputError(f"{self.path/'samples.npz'} cannot be read ({type(e).__name__}); run the same command again to make it anew") from None
 
@@ -119,7 +124,7 @@ class Run:
         path = self.path/'files.json'
         if not self.complete or not path.exists(): return {}
         try: return {str(k): str(v) for k, v in json.loads(path.read_text()).items()}
-        except (ValueError, AttributeError): raise InputError(f"{path} is not readable; run the same command again to make the run anew") from None
+        except (ValueError, AttributeError, RecursionError): raise InputError(f"{path} is not readable; run the same command again to make the run anew") from None
 
     def record(self, name:str) -> Path:
         "The path of a record. Raises `InputError` when the run is finished and the file is not what it wrote."
@@ -175,7 +180,9 @@ def load_state_file(path:str|Path) -> dict|None:
     for path, then in ((last, 'the one before it is used' if _before(last).exists() else 'this part starts anew'), (_before(last), 'this part starts anew')):
         if not path.exists(): continue
         try:
-            if (wrong := zipfile.ZipFile(path).testzip()): raise ValueError(wrong)       # torch does not look at the checksums it writes
+            whole = zipfile.ZipFile(path)
+            if sum(i.file_size for i in whole.infolist()) > path.stat().st_size: raise ValueError('it unpacks to more than its own size')
+            if (wrong := whole.testzip()): raise ValueError(wrong)                       # torch does not look at the checksums it writes
             return torch.load(path, map_location='cpu', weights_only=True)
         except Exception as e:
             os.replace(path, path.with_suffix('.damaged'))

@@ -147,15 +147,17 @@ def read_labels(source:Any, size:tuple[int, int], name:str='mask', ignore:int|No
 # %% ../../nbs/use/70_pictures.ipynb #53b8cc07
 def read_boxes(boxes:Any, size:tuple[int, int], name:str, classes:dict[int, str]|None=None) -> list[tuple[int, int, int, int, int]]:
     "Boxes (x0, y0, x1, y1, class number; if not said, the only one of `classes`, or 1) inside a picture of this (width, height). Raises `InputError` for a box that has no pixel in it, or of a class that is not in `classes`."
-    if len(boxes) and np.ndim(boxes[0]) == 0 and len(boxes) in (4, 5): boxes = [boxes]
+    if not isinstance(boxes, (list, tuple, np.ndarray)): raise InputError(f"{name}: boxes {boxes!r}, expected (x0, y0, x1, y1), or several")
+    if len(boxes) and not isinstance(boxes[0], (list, tuple, np.ndarray)) and len(boxes) in (4, 5): boxes = [boxes]
     if not len(boxes): raise InputError(f"{name}: no box; give (x0, y0, x1, y1), or several")
     found, (w, h), numbers, usual = [], size, {v: k for k, v in (classes or {}).items()}, next(iter(classes)) if classes and len(classes) == 1 else 1
     for box in boxes:
-        if len(box) not in (4, 5): raise InputError(f"{name}: box {tuple(box)}, expected (x0, y0, x1, y1) or (x0, y0, x1, y1, class)")
+        if not isinstance(box, (list, tuple, np.ndarray)) or len(box) not in (4, 5): raise InputError(f"{name}: box {tuple(box) if isinstance(box, (list, tuple, np.ndarray)) else box!r}, expected (x0, y0, x1, y1) or (x0, y0, x1, y1, class)")
         *at, cls = [*box, usual][:5]
         if isinstance(cls, str):
             if cls not in numbers: raise unknown(f'class in a box of {name}:', cls, numbers)
             cls = numbers[cls]
+        if isinstance(cls, bool) or not isinstance(cls, (int, float, np.number)): raise InputError(f"{name}: box {tuple(box)} is of class {cls!r}, expected a number or a name")
         if classes is not None and cls not in classes: raise InputError(f"{name}: box {tuple(box)} is of class {cls}, which is not known; classes: {', '.join(f'{k} {v}' for k, v in classes.items())}")
         if int(cls) != cls or not 1 <= cls <= 255: raise InputError(f"{name}: box {tuple(box)} is of class {cls}, expected a number from 1 to 255")
         if not all(isinstance(v, (int, float, np.number)) and np.isfinite(v) for v in at): raise InputError(f"{name}: box {tuple(box)}, expected numbers of pixels")
