@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
 def test_a_finished_run_computes_nothing(undisturbed, values, cache, monkeypatch):
     def never(*_, **__): raise AssertionError('computed again')
     before = {p: p.stat().st_mtime_ns for p in undisturbed.path.rglob('*')}
-    for f in ('fit', 'evaluate', 'FeatureStore', 'save_file'): monkeypatch.setattr(train_module, f, never)
+    for f in ('fit', 'evaluate', 'features_for', 'save_weights'): monkeypatch.setattr(train_module, f, never)
     said, rows = [], []
     again = train(TrainSettings(**values | dict(runs=str(undisturbed.path.parent))), on_epoch=rows.append, say=said.append)
     assert again.path == undisturbed.path and 'finished before' in said[-1] and [r['epoch'] for r in rows] == [0, 1, 2]
