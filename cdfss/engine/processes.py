@@ -13,6 +13,8 @@ from torch import Tensor
 from ..basics import InputError
 from ..models.segmenter import sharing
 
+os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')         # to ask whether there is a GPU, without what forbids CUDA to forks of this process
+
 # %% ../../nbs/engine/39_processes.ipynb #71e5b7d5
 @dataclass(frozen=True)
 class Together:

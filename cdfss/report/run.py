@@ -7,6 +7,7 @@ __all__ = ['question', 'parameters', 'preview', 'progress', 'result_table', 'all
 # %% ../../nbs/report/53_run.ipynb #4163438d
 import os, subprocess, sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -127,7 +128,7 @@ def keep_notebook(run:Run, name:str='train.ipynb') -> Path|None:
     "The executed notebook in the run's folder, made by showing the finished run once more; None where papermill or the notebook is absent."
     source, out = Path(cdfss.__file__).parent.parent/'nbs'/name, run.path/name
     if out.exists() or os.environ.get('CDFSS_SHOWING'): return out
-    if not source.exists(): return None
+    if not source.exists() or find_spec('papermill') is None: return None
     tmp = run.path/f'.{name}.part.ipynb'
     show = 'import sys, json, papermill; papermill.execute_notebook(sys.argv[1], sys.argv[2], json.load(open(sys.argv[3])), progress_bar=False)'
     done = subprocess.run([sys.executable, '-c', show, str(source), str(tmp), str(run.path/'params.json')],
