@@ -3,6 +3,7 @@ import json, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
+from papermill import inspect_notebook
 from cdfss.report.leaderboard import read_board
 from cdfss.engine.runs import Run, parameters_cell
 from cdfss.diagnostics.diagnosis import DiagnoseOptions
@@ -49,6 +50,11 @@ def test_library_notebooks_export(path):
     module = ROOT/'cdfss'/(re.search(r'#\| default_exp (\S+)', '\n'.join(code))[1].replace('.', '/') + '.py')
     assert module.exists() and path.name in module.read_text()[:200]
     assert not [o for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
+
+@pytest.mark.parametrize('path', RUN, **named)
+def test_papermill_reads_every_parameter(path, caplog):
+    names = re.findall(r'^(\w+):', source(tagged(path)[0]), re.M)
+    assert list(inspect_notebook(str(path))) == names and names and not [r for r in caplog.records if 'parse' in r.message]
 
 @pytest.mark.parametrize('name,settings,sections', [('train', TrainSettings, SECTIONS), ('evaluate', EvaluateSettings, EVALUATE_SECTIONS), ('study', StudyOptions, {}),
                                                     ('figures', FigureOptions, {}), ('sweep', SweepOptions, {}), ('diagnose', DiagnoseOptions, {}), ('real', RealOptions, {}), ('claims', ClaimOptions, {})])

@@ -81,17 +81,18 @@ def test_parameters_reach_no_shell(tmp_path, monkeypatch):
         assert text in refused(lambda: segmenter_of(resolve(TrainSettings.make(VALUES | {'data_root': str(tmp_path/f'data{text}'), name: text})))), name
     assert not list(tmp_path.rglob('sprung')) and not any('touch' in str(args) for args, _ in started)
 
-def test_a_grid_passes_its_settings_as_data(monkeypatch):
-    from cdfss.engine import grid
-    seen = []
-    def fake(args, **kw):
+def test_a_grid_passes_its_settings_as_data(monkeypatch, tmp_path):
+    from cdfss.engine import grid, workers
+    seen, real = [], subprocess.Popen
+    def watched(args, **kw):
         seen.append((args, kw))
-        return subprocess.CompletedProcess(args, 1, '', 'error: no')
-    monkeypatch.setattr(grid.subprocess, 'run', fake)
+        return real(args, **kw)
+    monkeypatch.setattr(workers.subprocess, 'Popen', watched)
+    monkeypatch.chdir(tmp_path)
     text = "x'; touch sprung; echo '$(touch sprung)"
-    refused(grid.run_grid, [dict(method=text)], say=lambda _: None)
-    (args, kw), = seen
-    assert isinstance(args, list) and not kw.get('shell') and text not in args[2] and json.loads(args[3]) == dict(method=text)
+    with pytest.raises(InputError, match='runs failed'): grid.run_grid([dict(method=text, device='cpu')], say=lambda _: None)
+    [(args, kw)] = seen
+    assert isinstance(args, list) and not kw.get('shell') and not any('sprung' in a for a in args) and not list(tmp_path.iterdir())
 
 # ---- pickles ------------------------------------------------------------------------------------------------------------------------
 def spiked(kind:str, trap, path:Path) -> Path:

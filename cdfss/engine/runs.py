@@ -5,7 +5,7 @@ __all__ = ['injected', 'read_parameters', 'one_line_errors', 'parameters_cell', 
            'load_state_file']
 
 # %% ../../nbs/engine/35_runs.ipynb #2413e2e9
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, io, json, os, platform, shutil, subprocess, sys, types, zipfile
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, io, json, os, platform, shutil, subprocess, sys, types, typing, zipfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -34,14 +34,16 @@ def one_line_errors():
 
 # %% ../../nbs/engine/35_runs.ipynb #06a94659
 def parameters_cell(kind:type[Options], sections:dict[str, str]={}) -> str:
-    "Source of the tagged cell of a notebook whose settings are `kind`; `sections` maps a field to the heading above it."
+    """Source of the tagged cell of a notebook whose settings are `kind`; `sections` maps a field to the heading above it. It is written so that papermill can read it: an annotation has no bar,
+    a line one equals sign (help that has one stands above its parameter)."""
     lines = []
     for f in dataclasses.fields(kind):
         if f.name in sections: lines += ['', f'# {sections[f.name]}']
-        t = str(f.type) if isinstance(f.type, types.UnionType) else f.type.__name__
+        kinds = [k.__name__ for k in typing.get_args(f.type) or (f.type,) if k is not types.NoneType]
+        t = f"'Optional[{', '.join(kinds)}]'" if isinstance(f.type, types.UnionType) else kinds[0]
         choices = f.metadata.get('choices')
         note = f.metadata['help'] + (f" [{', '.join(map(str, choices))}]" if choices and not all(str(c) in f.metadata['help'] for c in choices) else '')
-        lines.append(f"{f.name}: {t} = {f.default!r}  # {note}")
+        lines += [f'# {note}', f'{f.name}: {t} = {f.default!r}'] if '=' in note else [f'{f.name}: {t} = {f.default!r}  # {note}']
     return '\n'.join(lines).strip()
 
 # %% ../../nbs/engine/35_runs.ipynb #e141308f

@@ -22,14 +22,14 @@ from . import tables
 @dataclass(frozen=True)
 class SweepOptions(Options):
     "The grid of `sweep.ipynb`, and where it runs."
-    methods:str         = option('ssp; lcm', "recipes, semicolons between; settings of one recipe alone behind it: ssp; lcm lcm_k=3,5")
+    methods:str         = option('ssp; lcm', "recipes, semicolons between; settings of one recipe alone behind it, as in `settings`")
     seeds:str           = option('0', "seeds: 0,1,2 or 0-2")
     targets:str         = option(RunOptions.targets, "target data sets, comma separated: all in one run; semicolons part the targets of different runs: isic,chest; fss")
     settings:str        = option('', "parameters of train.ipynb, each with its values: lr=0.001,0.0005; epochs=4. A value with commas in it goes in brackets: shots=[1,5]")
     data_root:str|None  = option(None, "folder that holds the data sets (None: the built-in miniature)")
     runs:str            = option('runs', "folder for run folders")
     engine:str          = option('local', "local: processes of this machine; ray: a Ray cluster, whose nodes share data_root and runs", choices=('local', 'ray'))
-    address:str|None    = option(None, "engine=ray: address of the cluster, host:port or auto (None: a cluster of this machine alone)")
+    address:str|None    = option(None, "address of the Ray cluster, host:port or auto (None: a cluster of this machine alone)")
     workers:int         = option(0, "runs side by side; 0: one per core, or workers_per_gpu for each GPU", low=0)
     threads:int         = option(0, "CPU threads of a worker; 0: its share of the cores", low=0)
     workers_per_gpu:int = option(1, "runs that share a GPU", low=1)
