@@ -76,7 +76,7 @@ def child(values:dict, cache:str, plan:dict, events):
         setattr(module, name, wrapped)
 
     train_module.environment = lambda device: dict(commit=None, dirty=False, device=device, torch=torch.__version__)      # a third of a run's time
-    counted(fit_module, 'read_batch', 'step')
+    counted(fit_module, 'autocast', 'step')                      # entered once a step; batches are read ahead
     counted(evaluate_module, 'predict', 'block')
     if 'clock' in plan or plan.get('act') == 'jump': time.time = lambda: real() + offset[0]
     if plan.get('file_size'):

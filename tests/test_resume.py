@@ -186,7 +186,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(store, reference, 
         m.setattr(Path, 'write_bytes', full)
         with pytest.raises(InputError, match='the disk is full'): trained(store, state)
     assert sorted(p.name for p in tmp_path.iterdir()) == {1: [], 2: ['state.pt'], 4: ['state.before.pt', 'state.pt']}[at]
-    if at > 1: assert (load_state_file(state)['step'], len(load_state_file(state)['history'])) == {2: (1, 0), 4: (0, 1)}[at]              # an epoch's last step is kept with the epoch
+    if at > 1: assert load_state_file(state)['step'] == at - 1
     equal(trained(store, state), reference)
 
 @pytest.mark.parametrize('damage', ['truncated', 'flipped weight', 'empty', 'text'])

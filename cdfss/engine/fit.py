@@ -148,7 +148,7 @@ def fit(segmenter:Segmenter, store:ImageStore, o:FitOptions, *, seed:int, device
             due = step, (*terms, 'loss'), values, n                                   # read after the next step is under way: a GPU need not wait for that
             if time.monotonic() - saved > save_every or step + 1 == per_epoch:
                 count(*due); due = None
-                if step + 1 < per_epoch: save(step + 1); saved = time.monotonic()
+                if time.monotonic() - saved > save_every: save(step + 1); saved = time.monotonic()
         n = len(episodes)
         row = {'epoch': epoch, 'loss': sums['loss'] / n, **{f'loss/{k}': v / n for k, v in sums.items() if k != 'loss'}}
         segmenter.eval()
