@@ -272,6 +272,7 @@ class FewShot:
         segmenter = build(about['recipe'], create_backbone(BackboneOptions.make(about['backbone'] | dict(weights='none'))), still_known(about['recipe'], about['values']))
         under = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         segmenter.load_state_dict(under('segmenter.'))
+        segmenter.backbone.quicken()
         out = cls(segmenter.to(device, memory_format=torch.channels_last), about['recipe'], about['values'], SegmentOptions(**{**about['options'], 'device': device}), AdaptOptions(**about['adapt']))
         of = lambda kind, names: {n: v.to(device) for found in [under(f'{kind}.')] for n in names if (v := found.get(n)) is not None}            # in their order: some look at the last
         out.labels, out.stages, out.made, out.maps = tensors['labels'].to(device), of('stages', out._needed), of('made', out._needed), of('maps', about['maps'])
