@@ -100,6 +100,7 @@ def test_an_official_checkpoint_is_evaluated(run, tmp_path, monkeypatch):
     s = evaluation_of(run, checkpoint=str(tmp_path/'official.pt'), runs=tmp_path/'runs')
     assert (s.backbone, s.output_stride, s.last_stage, s.epochs) == ('resnet50', 32, 'last', 0)
     e = episode(1, size=64)
+    seg.backbone.quicken()
     with torch.no_grad(): assert torch.equal(segmenter_of(s).eval()(e).scores, seg(e).scores)
     done = train(s, say=lambda line: None)
     assert done.complete and done.metrics['epoch'] == 0 and load_segmenter(done).backbone.name == 'resnet50'

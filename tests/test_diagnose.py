@@ -25,6 +25,7 @@ def test_a_run_is_opened_as_it_was(run):
 def test_a_run_of_an_earlier_version_is_opened(run, tmp_path):
     "An option of another method that was renamed since does not matter; one of its own does."
     old = Run(shutil.copytree(run.path, tmp_path/'old'))
+    (old.path/'files.json').unlink()                                           # earlier versions wrote none
     for name, wrong in (('ifa_pool', None), ('lcm_gone', r'lcm_gone: ssp\+lcm has no such option any more')):
         write_json(old.path/'params.json', run.params | {name: 'fixed'})
         write_json(old.path/'weights.json', (d := run.json('weights')) | dict(options=d['options'] | {name: 'fixed'}))

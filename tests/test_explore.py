@@ -1,4 +1,5 @@
 "The explorer: what its dials do to numbers."
+import html
 import numpy as np, pytest, torch
 from dataclasses import replace
 from cdfss.basics import InputError
@@ -65,6 +66,6 @@ def test_the_panel_follows_its_widgets_and_tells_bad_names():
         assert panel.image.value != shown and panel.note.value.startswith('<b>IoU')
         shown = panel.image.value
     panel.what.value = 'nonsense'
-    assert "unknown method 'nonsense'" in panel.note.value and panel.image.value == shown
+    assert "unknown method 'nonsense'" in html.unescape(panel.note.value) and panel.image.value == shown
     panel.what.value = 'ssp'
     assert panel.explorer.subject.name == 'ssp' and panel.noise['stage1'].value == 0
