@@ -1,5 +1,5 @@
 "Several processes share a run: the record is that of one process, whoever starts them, and whatever stops them."
-import sys
+import multiprocessing, os, signal, sys, time
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -74,3 +74,49 @@ def test_two_processes_give_the_run_of_one(one, values, tmp_path, capfd):
     alike(run, one)
     assert [r['epoch'] for r in rows] == [0, 1, 2] and any('evaluating isic' in line for line in said)             # told here, by the first process alone
     assert len([line for line in said if 'evaluating isic' in line]) == 1 and run.env['processes'] == 2 and 'processes' not in one.env
+
+def _launch(words, out):
+    "`accelerate launch` as the shell starts it, in a process group of its own."
+    os.setsid()
+    sys.stdout = sys.stderr = open(out, 'w', buffering=1)
+    os.dup2(sys.stdout.fileno(), 1); os.dup2(sys.stdout.fileno(), 2)
+    from accelerate.commands.accelerate_cli import main
+    sys.argv = ['accelerate', 'launch', *words]
+    main()
+
+def living(root:int) -> list[int]:
+    "A process and those it started, theirs too, that have not ended (torchrun gives each worker a group of its own)."
+    above, ended = {}, set()
+    for p in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{p}/stat') as f: state, parent = f.read().rsplit(') ', 1)[1].split()[:2]
+        except OSError: continue
+        above[int(p)] = int(parent)
+        if state == 'Z': ended.add(int(p))
+    found, new = set(), {root} & above.keys()
+    while new: found, new = found | new, {p for p, q in above.items() if q in new} - found - new
+    return sorted(found - ended)
+
+def alive(pids:list[int]) -> list[int]: return [p for p in pids if p in living(p)]
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at processes in /proc')
+def test_a_launch_that_is_told_to_stop_stops_everywhere_and_one_process_goes_on(one, values, tmp_path):
+    words = ['--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'cdfss', 'train']
+    words += [f'{k}={v}' for k, v in (values | dict(runs=str(tmp_path/'runs'))).items()]
+    launcher = multiprocessing.get_context('fork').Process(target=_launch, args=(words, tmp_path/'out'))
+    launcher.start()
+    state, end = tmp_path/'runs'/one.path.name/'resume'/'state.pt', time.time() + 300
+    while not state.exists() and launcher.is_alive() and time.time() < end: time.sleep(.05)
+    said = (tmp_path/'out').read_text()
+    assert state.exists(), said[-3000:]
+    group = living(launcher.pid)
+    assert len(group) >= 3                                                               # the launcher and two that work
+    os.kill(launcher.pid, signal.SIGTERM)
+    launcher.join(60)
+    while alive(group) and time.time() < end: time.sleep(.05)
+    assert launcher.exitcode != 0 and not alive(group) and not Run(state.parent.parent).complete
+    assert said.count('after each source epoch') == 1                                    # one process speaks
+    rows = []
+    alike(train(TrainSettings(**values, runs=str(tmp_path/'runs')), on_epoch=rows.append, say=lambda _: None), one)
+    assert rows[1].get('restored') and rows[1]['epoch'] == 1
