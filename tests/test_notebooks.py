@@ -1,9 +1,12 @@
 "The notebooks as files, and the run notebook as a user starts it: through papermill, in a process of its own."
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import pytest
+import pytest, torch
 from papermill import inspect_notebook
+from cdfss.__main__ import main as command
+from cdfss.basics import InputError
+from cdfss.report import run as report
 from cdfss.report.leaderboard import read_board
 from cdfss.engine.runs import Run, parameters_cell
 from cdfss.diagnostics.diagnosis import DiagnoseOptions
@@ -11,6 +14,7 @@ from cdfss.engine.train import EVALUATE_SECTIONS, SECTIONS, EvaluateSettings, Tr
 from cdfss.report.figures import FigureOptions, StudyOptions
 from cdfss.report.real import ClaimOptions, RealOptions
 from cdfss.report.sweeps import SweepOptions
+from test_resume import same
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -118,6 +122,30 @@ def test_without_an_output_path(commands):
     kept = list(path.glob('*.ipynb'))
     assert len(kept) == 1, 'the executed notebook is kept in the run folder'
     executed(kept[0])
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_command_without_papermill_leaves_the_same_record(commands, tmp_path, monkeypatch, capsys):
+    "`python -m cdfss train` on a machine that has no papermill: everything but the executed notebook, to the byte but for clock times."
+    monkeypatch.setattr(report, 'find_spec', lambda name: None)
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))                  # as many as the notebook's kernel had
+    command(['train', *(f'{k}={v}' for k, v in (SMALL | dict(runs=str(tmp_path/'runs'))).items())])
+    [path], [own] = ([p for p in (folder/'runs').iterdir() if p.is_dir()] for folder in (tmp_path, commands['plain'][0]))
+    files = lambda run: {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()}
+    assert files(own) - files(path) == {'train.ipynb'} and files(path) <= files(own) and {'figures/trajectory.csv', 'figures/predictions.png'} <= files(path)
+    same(Run(path), Run(own), but={'train.ipynb'})
+    assert (path/'figures'/'trajectory.csv').read_bytes() == (own/'figures'/'trajectory.csv').read_bytes()
+    params = [{k: v for k, v in Run(p).params.items() if k != 'runs'} for p in (path, own)]
+    assert params[0] == params[1] and path.name in set(read_board(tmp_path/'runs'/'leaderboard.csv')['run'])
+    said = capsys.readouterr().out
+    assert 'ssp+lcm' in said and 'isic 1-shot' in said and 'metrics.json' in said and '1/1' in said
+
+@pytest.mark.parametrize('words,said', [([], 'no command: expected train'), (['trian'], 'trian: expected train'), (['train', 'lcm'], "'lcm': expected name=value"),
+                                        (['train', 'methd=lcm'], "unknown parameter 'methd': did you mean 'method'?"), (['train', 'epochs=two'], "epochs='two' is str, expected int")])
+def test_a_bad_command_line_is_one_line(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as e: command(words)
+    assert said in str(e.value) and '\n' not in str(e.value) and not list(tmp_path.iterdir())
 
 PICTURES = ['preview', 'trajectory', 'predictions']
 

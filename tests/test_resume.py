@@ -57,9 +57,9 @@ def finished(values, cache, runs) -> Run:
     return run
 
 TIMES = ['seconds', 'fit_seconds']
-def same(a:Run, b:Run):
-    "Two run folders hold the same run: to the byte, but for clock times."
-    assert a.path.name == b.path.name and {p.name for p in a.path.iterdir()} == {p.name for p in b.path.iterdir()}
+def same(a:Run, b:Run, but=frozenset()):
+    "Two run folders hold the same run: to the byte, but for clock times and the files named."
+    assert a.path.name == b.path.name and {p.name for p in a.path.iterdir()} - but == {p.name for p in b.path.iterdir()} - but
     for name in ('metrics.json', 'weights.safetensors', 'weights.json', 'samples.npz', *(f'manifests/{p.name}' for p in (a.path/'manifests').iterdir())):
         assert (a.path/name).read_bytes() == (b.path/name).read_bytes(), name
     for f, g in ((a.episodes, b.episodes), (a.history, b.history), *[[pd.read_parquet(r.path/'followed.parquet') for r in (a, b)]]):
