@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'shortened', 'Busy', 'unknown', 'option', 'check_option', 'Options', 'Registry', 'mix_seed',
-           'atomic_write', 'json_text', 'write_json', 'file_hash', 'cache_dir']
+           'atomic_write', 'json_text', 'write_json', 'file_hash', 'cores', 'cache_dir']
 
 # %% ../nbs/01_basics.ipynb #13ce68ff
 import dataclasses, difflib, errno, hashlib, json, math, os, tempfile, types, typing
@@ -149,6 +149,10 @@ def write_json(path:str|Path, value) -> Path:
 def file_hash(path:str|Path) -> str:
     "sha256 of a file's content, in hex."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def cores() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def cache_dir() -> Path:
     "Where things that can be made again are kept: `$CDFSS_CACHE`, else `$XDG_CACHE_HOME/cdfss`, else `~/.cache/cdfss`."

@@ -1,5 +1,5 @@
 "Runs repeat to the byte, survive being killed at any moment, and never leave a half result that looks whole."
-import errno, multiprocessing, random, signal
+import errno, multiprocessing, random, shutil, signal
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from cdfss.data.images import ImageStore
 from cdfss.data.layouts import open_dataset
 from cdfss.engine import fit as fit_module, runs as runs_module, train as train_module
 from cdfss.engine.fit import FitOptions, fit
+from cdfss.engine.grid import run_cell
 from cdfss.engine.runs import Run, load_state_file, save_state
 from cdfss.engine.train import TrainSettings, load_segmenter, open_run, prepare, resolve, train
 from episodes import segmenter
@@ -255,3 +256,11 @@ def test_weights_that_do_not_fit_are_refused(undisturbed, tmp_path):
     weights.unlink()
     with pytest.raises(InputError, match='weights.safetensors'): load_segmenter(copy)
     with pytest.raises(InputError, match='no weights.json'): load_segmenter(tmp_path)
+
+def test_a_grid_does_not_take_a_damaged_run_for_a_finished_one(undisturbed, values, cache, tmp_path):
+    run = Run(shutil.copytree(undisturbed.path, tmp_path/undisturbed.path.name))
+    settings = values | dict(runs=str(tmp_path), workers=1)
+    assert run.whole and run_cell(settings)['found']
+    (run.path/'history.csv').write_bytes((run.path/'history.csv').read_bytes().replace(b'1', b'2', 1))
+    assert run.complete and not run.whole and not run_cell(settings)['found'] and run.whole
+    assert run_cell(settings)['found']

@@ -41,10 +41,10 @@ def test_an_address_is_rays(tmp_path):
 
 # ---- placement --------------------------------------------------------------------------------------------------------------
 def test_a_worker_has_its_share_of_cores_and_one_gpu():
-    four = shares(10, gpus=['2', 'GPU-ab'], per_gpu=2, cores=16)
+    four = shares(10, gpus=['2', 'GPU-ab'], per_gpu=2, among=16)
     assert [e['CUDA_VISIBLE_DEVICES'] for e in four] == ['2', 'GPU-ab', '2', 'GPU-ab'] and {e['OMP_NUM_THREADS'] for e in four} == {'4'}
-    assert [e['CUDA_VISIBLE_DEVICES'] for e in shares(10, workers=1, gpus=['2', '3'], cores=16)] == ['2']
-    assert shares(10, workers=2, threads=3, cores=4)[0]['OMP_NUM_THREADS'] == '3' and len(shares(0, cores=4)) == 1
+    assert [e['CUDA_VISIBLE_DEVICES'] for e in shares(10, workers=1, gpus=['2', '3'], among=16)] == ['2']
+    assert shares(10, workers=2, threads=3, among=4)[0]['OMP_NUM_THREADS'] == '3' and len(shares(0, among=4)) == 1
     with pytest.raises(InputError, match='workers=5: 2 GPUs with workers_per_gpu=2 take 4'): shares(10, workers=5, gpus=['0', '1'], per_gpu=2)
 
 # ---- the live table ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int16, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
-from ..basics import InputError, Registry, cache_dir, shortened, unknown
+from ..basics import InputError, Registry, cache_dir, cores, shortened, unknown
 from .layouts import FORMATS, PICTURE_ERRORS, VOID, DataSet, raise_or_keep
 from ..episode import Episode
 
@@ -144,8 +144,6 @@ def map_kind(name: str) -> tuple[type[ImageMap], int]:
     return MAPS[family], int(n)
 
 # %% ../../nbs/data/02_images.ipynb #8bae784a
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 NATIVE = {'native index': 'index', 'native binary': 'binary'}           # records of masks at their own size
 
 class ImageStore:
@@ -159,7 +157,7 @@ class ImageStore:
         if workers < 0: raise InputError(f"workers={workers}: expected 0 (a thread per core) or more")
         raise_or_keep([], on_error)
         self.dataset, self.size, self.on_error, self.pad = dataset, size, on_error, pad
-        self.workers = workers or _cores()
+        self.workers = workers or cores()
         self.folder = Path(cache or cache_dir()/'decoded')/(f'{size}-padded' if pad else str(size))
         self.scratch = self.folder/'writing'
         for left in self.scratch.glob('*'):                              # half-written records of a process that was killed an hour ago or more

@@ -142,6 +142,11 @@ class Run:
             if self.complete: self.metrics
         except InputError as e: return str(e).split('; ')[0]
 
+    @property
+    def whole(self) -> bool:
+        "Finished, and every record is what it wrote."
+        return self.complete and not self.damage()
+
     def finish(self, metrics:dict):
         "Write metrics.json, the last of the records, and before it files.json, which says what all of them hold. Notebooks, figures and diagnostics come later and are not among them."
         text = json_text(metrics)

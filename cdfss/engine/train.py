@@ -356,15 +356,14 @@ def train(settings:Options, data:RunData|None=None, on_epoch:Callable=lambda row
     together = joined('cpu' if s.device == 'cpu' else 'cuda')
     if together.count == 1 and s.processes > 1:
         run = open_run(s, data or prepare(s, say))
-        if not run.complete or run.damage():
+        if not run.whole:
             launched(_one_of, (dataclasses.replace(s, processes=1), data), s.processes, s.device, dict(on_epoch=on_epoch, say=say))
             return run
     if not together.main: on_epoch = say = lambda _: None
     with together.after_main(): data = data or prepare(s, say)                       # files are decoded once
     run = open_run(s, data)
-    whole = lambda: run.complete and not run.damage()
-    with run.working() if together.main and not whole() else contextlib.nullcontext():
-        if not together.told(together.main and whole()):                          # a process beside us may have finished it meanwhile
+    with run.working() if together.main and not run.whole else contextlib.nullcontext():
+        if not together.told(together.main and run.whole):                          # a process beside us may have finished it meanwhile
             if not together.main: _help(s, data, together)
             else:
                 if run.complete: say(f'{run.damage()}: the run is computed anew')

@@ -16,11 +16,11 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
-from ..basics import InputError, Options, atomic_write, option, unknown, write_json
+from ..basics import InputError, Options, atomic_write, cores, option, unknown, write_json
 from ..data.subsets import check_subset, manifest_hash, read_subset
 from ..diagnostics.diagnosis import diagnose
 from ..diagnostics.trajectory import label
-from ..engine.grid import cores, run_cell
+from ..engine.grid import run_cell
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import TrainSettings, numbers
@@ -200,7 +200,7 @@ class Ledger:
         found = self.done.get(job.name)
         if found is None or found['asked'] != self.asked(job): return None
         run = Run(self.folder/found['run'])
-        return run if run.complete else None
+        return run if run.whole else None
 
     def add(self, job:Job, path:str, seconds:float) -> Run:
         self.done[job.name] = dict(run=Path(path).name, asked=self.asked(job), seconds=round(seconds, 1))
