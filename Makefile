@@ -66,7 +66,7 @@ real-study: setup
 	@mkdir -p "$(REAL)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/real.ipynb "$(REAL)/real.ipynb" -p data "$(DATA)" -p runs "$(REAL)" $(ARGS) --log-output --no-progress-bar
 
-# figures/real/ and the table of verdicts, from the records of what is finished
+# figures/real/ with its reading page (from README.md.in) and the table of verdicts, from the records of what is finished
 real-figures: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/claims.ipynb "$(REAL)/claims.ipynb" -p runs "$(REAL)" $(ARGS) --log-output --no-progress-bar
 

@@ -8,7 +8,7 @@ from cdfss.data.layouts import open_dataset
 from cdfss.data.manifests import draw
 from cdfss.data.subsets import check_subset, make_subset, manifest_hash, read_subset, subset_manifests, subset_names
 from cdfss.report import real
-from cdfss.report.real import NEAR, SOURCE, TARGETS, Job, Ledger, RealOptions, change, claims_text, plan, report, score_table, work
+from cdfss.report.real import NEAR, SOURCE, TARGETS, Job, Progress, RealOptions, change, claims_text, plan, report, score_table, work
 from fakes import blob, picture, voc
 
 ROOT = Path(__file__).parent.parent
@@ -100,18 +100,18 @@ def test_a_study_is_stopped_and_goes_on_and_is_not_done_twice(done):
     assert said[0] == ['2 of 2 jobs are left after 1e-09 minutes: run the same command again']
     assert [l.split('  ')[:2] for l in said[1]] == [['1/2', 'ssp+lcm, seed 0'], ['2/2', 'ssp+pcmt, seed 0']]
     assert said[2] == ['2 of 2 jobs were done before']
-    first, second = (Ledger(o).done[n] for n in ('ssp+lcm, seed 0', 'ssp+pcmt, seed 0'))
+    first, second = (Progress(o).done[n] for n in ('ssp+lcm, seed 0', 'ssp+pcmt, seed 0'))
     assert first['seconds'] > 0 and second['run'].startswith('ssp+pcmt-')
 
 def test_a_job_that_fails_takes_only_what_needs_it_along(done):
     o, said, error = done
-    assert '\n' not in error and set(Ledger(o).done) == {'ssp+lcm, seed 0', 'ssp+pcmt, seed 0'}
+    assert '\n' not in error and set(Progress(o).done) == {'ssp+lcm, seed 0', 'ssp+pcmt, seed 0'}
 
 def test_tables_and_verdicts_from_the_records(done, tmp_path, records):
     o, said = done[0], []
     table = report(o, tmp_path/'real', say=said.append)
     results = pd.read_csv(tmp_path/'real/results.csv').set_index(['method', 'target', 'shot'])
-    run = Ledger(o).run(plan(o)[0])
+    run = Progress(o).run(plan(o)[0])
     for r in run.metrics['results']: assert results.loc[(r['method'], r['target'], r['shot']), 'class_miou'] == pytest.approx(r['class_miou'], abs=1e-3)
     assert results.loc[('ssp+pcmt', 'isic', 1), 'change'] == pytest.approx(results.loc[('ssp+pcmt', 'isic', 1), 'class_miou'] - results.loc[('ssp', 'isic', 1), 'class_miou'], abs=2e-3)
     assert results.loc[('ssp', 'isic', 5), 'manifest'] == manifest_hash('isic', 3, 5)[:8]

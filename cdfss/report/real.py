@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'ORDER', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
            'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'tuned_jobs', 'combined_jobs',
-           'lem_jobs', 'more_jobs', 'look_jobs', 'plan', 'Ledger', 'work', 'check_data', 'real_study', 'base_name',
+           'lem_jobs', 'more_jobs', 'look_jobs', 'plan', 'Progress', 'work', 'check_data', 'real_study', 'base_name',
            'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change',
            'as_study', 'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about', 'report',
            'ClaimOptions', 'tell']
@@ -29,6 +29,7 @@ from . import plots
 from .ablations import CHANGES, Change, claims, row_name
 from .claims import check, verdict
 from .figures import Study, make
+from .page import write_page
 from .run import provenance
 
 # %% ../../nbs/report/61_real.ipynb #d5f22253
@@ -187,7 +188,7 @@ class _Running:
         self.process.terminate()
         self.process.join()
 
-class Ledger:
+class Progress:
     "Which jobs are done, and in which run folders: `real-<setting>.json`."
     def __init__(self, o:RealOptions):
         self.file, self.folder = Path(o.runs)/f'real-{o.setting}.json', Path(o.runs)
@@ -208,14 +209,14 @@ class Ledger:
         write_json(self.file, self.done)
         return Run(path)
 
-def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Ledger:
+def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Progress:
     "Do what is not done, until it is or `o.minutes` are over. Raises `InputError`, when the rest is done, for jobs that failed."
-    start, ledger = time.time(), Ledger(o)
+    start, progress = time.time(), Progress(o)
     gpu = o.device.startswith('cuda') or o.device == 'auto' and torch.cuda.is_available()
     workers = o.workers or (4 if gpu else cores())
     context = get_context('forkserver' if 'forkserver' in get_all_start_methods() else 'spawn')
     if context.get_start_method() == 'forkserver': context.set_forkserver_preload(['cdfss.report.real'])
-    by_name, running, failed, done = {j.name: j for j in jobs}, {}, {}, {j.name: r for j in jobs if (r := ledger.run(j))}
+    by_name, running, failed, done = {j.name: j for j in jobs}, {}, {}, {j.name: r for j in jobs if (r := progress.run(j))}
     todo = [j for j in jobs if j.name not in done]
     if lost := next((j for j in todo if j.after and j.after not in by_name), None): raise InputError(f"{lost.name}: takes the weights of '{lost.after}', which is not in the plan; name its part too")
     if done: say(f'{len(done)} of {len(jobs)} jobs were done before')
@@ -229,7 +230,7 @@ def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Ledger:
             for name in [n for n, r in running.items() if r.over]:
                 r = running.pop(name)
                 fine, said = r.answer()
-                if fine: done[name] = ledger.add(by_name[name], said, r.seconds)
+                if fine: done[name] = progress.add(by_name[name], said, r.seconds)
                 else: failed[name] = said
                 say(f"{len(done) + len(failed)}/{len(jobs)}  {name}  {r.seconds:.0f} s{'' if fine else '  FAILED: ' + said}")
             for j in list(todo):
@@ -243,7 +244,7 @@ def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Ledger:
         for r in running.values(): r.stop()
     if left := len(todo) + len(running): say(f'{left} of {len(jobs)} jobs are left after {o.minutes:g} minutes: run the same command again')
     if failed: raise InputError(f"{len(failed)} of {len(jobs)} jobs failed; the first ({next(iter(failed))}): {next(iter(failed.values()))}")
-    return ledger
+    return progress
 
 def check_data(o:RealOptions, say:Callable=print):
     "Raises `InputError` unless the folder holds the subsets, file by file."
@@ -251,7 +252,7 @@ def check_data(o:RealOptions, say:Callable=print):
         check_subset(name, o.data)
         say(f'{name}: {read_subset(name).counts}, all files as listed')
 
-def real_study(o:RealOptions, say:Callable=print) -> Ledger:
+def real_study(o:RealOptions, say:Callable=print) -> Progress:
     "Check the pictures, and work through the plan. Raises `InputError` for pictures that are not those of the lists, and for jobs that failed."
     jobs = plan(o)
     check_data(o, say)
@@ -272,9 +273,9 @@ def label_of(run:Run, method:str) -> str:
 
 def finished(o:RealOptions) -> dict[str, Run]:
     "Job -> its finished run. Raises `InputError` when there is none."
-    ledger = Ledger(o)
-    found = {name: run for name, d in ledger.done.items() if not name.startswith('look at') and (run := Run(ledger.folder/d['run'])).complete}
-    if not found: raise InputError(f"{ledger.file}: no finished run there: make real-study DATA=... first, or give the folder of its runs")
+    progress = Progress(o)
+    found = {name: run for name, d in progress.done.items() if not name.startswith('look at') and (run := Run(progress.folder/d['run'])).complete}
+    if not found: raise InputError(f"{progress.file}: no finished run there: make real-study DATA=... first, or give the folder of its runs")
     return found
 
 def check_lists(runs:Iterable[Run]):
@@ -478,8 +479,8 @@ def report(o:RealOptions, folder:str|Path='figures/real', miniature:str|Path='fi
     "Write tables and figures of what is finished, each with its numbers, manifests, commits and devices, and return the claims. Raises `InputError` when nothing is finished, or it was made on other episodes."
     runs, folder = finished(o), Path(folder)
     check_lists(runs.values())
-    ledger = Ledger(o)
-    seconds = {n: ledger.done[n]['seconds'] for n in runs}
+    progress = Progress(o)
+    seconds = {n: progress.done[n]['seconds'] for n in runs}
     frame, note = episodes_of(runs), about(runs, seconds)
     write = lambda name, text: atomic_write(folder/name, text)
     for n, upto in enumerate(lists(frame)):
@@ -518,11 +519,16 @@ class ClaimOptions(Options):
     miniature:str = option('figures', "folder with the miniature's verdicts")
 
 def tell(o:ClaimOptions, say:Callable=print) -> str:
-    "The verdicts in words, from the runs or from the committed table. Raises `InputError` when there is neither."
+    "The verdicts in words, from the runs or from the committed table; fills the reading page, where its folder has one. Raises `InputError` when there is neither, or the page says what the tables do not."
     study, kept = RealOptions(runs=o.runs, setting=o.setting), Path(o.figures)/'claims.csv'
-    if Ledger(study).file.exists(): table = report(study, o.figures, o.miniature, say)
+    if Progress(study).file.exists(): table = report(study, o.figures, o.miniature, say)
     elif kept.exists():
-        say(f'{Ledger(study).file}: not there; the verdicts are those of {kept}')
+        say(f'{Progress(study).file}: not there; the verdicts are those of {kept}')
         table = pd.read_csv(kept, dtype=dict(figure=str)).fillna(dict(figure=''))
-    else: raise InputError(f"{Ledger(study).file}: no study there, and no {kept}: make real-study DATA=... first")
-    return claims_text(table)
+    else: raise InputError(f"{Progress(study).file}: no study there, and no {kept}: make real-study DATA=... first")
+    text = claims_text(table)
+    try: write_page(o.figures, say)
+    except InputError:
+        say(text)
+        raise
+    return text
