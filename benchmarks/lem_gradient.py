@@ -24,7 +24,7 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data'); p.add_argument('--source', default='voc'); p.add_argument('--backbone', default='miniature'); p.add_argument('--weights', default='auto')
     p.add_argument('--size', type=int, default=96); p.add_argument('--steps', type=int, default=30); p.add_argument('--lr', type=float, default=1e-4)
-    p.add_argument('--bounds', default='0,10'); p.add_argument('--renorms', default='none,std'); p.add_argument('--precisions', default='bf16,float32'); p.add_argument('--out')
+    p.add_argument('--bounds', default='0,10'); p.add_argument('--renorms', default='none'); p.add_argument('--precisions', default='bf16,float32'); p.add_argument('--out')
     o, rows = p.parse_args(), []
     store = ImageStore(open_dataset(o.source, o.data or miniature_root(), 'trn', on_error='skip'), o.size)
     episodes = fit_epoch(store.dataset, 0, 1, 1, o.steps*BATCH)
