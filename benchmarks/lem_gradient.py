@@ -1,11 +1,12 @@
 """The size of the gradient that LEM's phase sends into the first stage, step by step of a source training: SSP with LEM after the stem, with its gradient bounded and without.
 
-Printed, and written as CSV: the norm of the gradient of the stem's weights at every step, and how far the stem's first convolution moved. The images, draws and steps are the same for all rows of a precision.
+Printed, and written as CSV, a row for each precision and bound: median and largest norm of the gradient of the stem's weights over the steps, and how far (a share of its norm) the stem's first
+convolution has moved at the end. Images, draws and steps are the same for all rows.
 
     python benchmarks/lem_gradient.py                                                                                       the miniature and its backbone
     python benchmarks/lem_gradient.py --data /data --backbone resnet18 --weights FILE --size 224 --source voc --out figures/real/lem_gradient.csv
 """
-import argparse
+import argparse, statistics
 from pathlib import Path
 import pandas as pd, torch
 from cdfss.basics import mix_seed
@@ -35,6 +36,7 @@ if __name__ == '__main__':
                 segmenter = build('ssp+lem', create_backbone(BackboneOptions(backbone=o.backbone, weights=o.weights, freeze='none')), dict(lem_bound=bound, lem_renorm=renorm)).train()
                 stem = [w for n, w in segmenter.backbone.named_parameters() if n.startswith('stages.stem')]
                 first, optimizer = stem[0].detach().clone(), torch.optim.SGD([w for w in segmenter.parameters() if w.requires_grad], lr=o.lr, momentum=.9, weight_decay=5e-4)
+                norms = []
                 for step in range(o.steps):
                     torch.manual_seed(mix_seed('lem gradient', step))
                     batch = read_batch(store, episodes[step*BATCH:(step + 1)*BATCH], 'ignore', segmenter.extras_needed).episode(segmenter.backbone.mean, segmenter.backbone.std, 'cpu')
@@ -42,8 +44,8 @@ if __name__ == '__main__':
                     optimizer.zero_grad(); loss.backward()
                     norm = sum(w.grad.square().sum() for w in stem if w.grad is not None).sqrt().item()
                     optimizer.step()
-                    rows.append(dict(backbone=o.backbone, data=o.source, subset=o.data is not None, precision=precision, renorm=renorm, bound=bound, step=step + 1, loss=round(loss.item(), 3), stem_gradient=round(norm, 2),
-                                     moved=round(((stem[0].detach() - first).norm() / first.norm()).item(), 4)))
-                own = pd.DataFrame(rows).query('precision == @precision and renorm == @renorm and bound == @bound')
-                print(f"{precision:8} renorm {renorm:4} bound {bound:3g}: stem gradient median {own.stem_gradient.median():6.1f}, largest {own.stem_gradient.max():8.1f}; the stem moved by {100*own.moved.iloc[-1]:.1f} %", flush=True)
+                    norms.append(norm)
+                rows.append(dict(backbone=o.backbone, data=o.source, subset=o.data is not None, precision=precision, renorm=renorm, bound=bound, steps=o.steps, lr=o.lr, median=round(statistics.median(norms), 1), largest=round(max(norms), 1),
+                                 moved=round(((stem[0].detach() - first).norm() / first.norm()).item(), 4)))
+                print(rows[-1], flush=True)
         if o.out: Path(o.out).write_text(pd.DataFrame(rows).to_csv(index=False, lineterminator='\n'))
