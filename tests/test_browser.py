@@ -30,7 +30,7 @@ def lab(repo, folder, tmp_path_factory):
     own = {k: str(config/k) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR')}
     options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=', '--ServerApp.password=', f'--ServerApp.root_dir={folder}',
                '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(config/'jupyterlab.log', 'wb') as log: server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env=os.environ | own, stdout=log, stderr=log)
     address = f'http://127.0.0.1:{port}'
     try:
         for _ in range(120):
@@ -42,6 +42,18 @@ def lab(repo, folder, tmp_path_factory):
     finally:
         server.terminate()
         server.wait(30)
+        print((config/'jupyterlab.log').read_text()[-4000:])                                        # pytest shows it beside a failure
+
+def opened(page, address):
+    "Open a notebook and wait for its kernel. On a busy machine the page's first try to reach the kernel may be lost: it is loaded again then."
+    from playwright.sync_api import TimeoutError
+    for left in (3, 2, 1, 0):
+        page.goto(address)
+        try:
+            page.locator('.jp-NotebookPanel .jp-Cell').first.wait_for(timeout=60_000)
+            return page.get_by_text('| Idle').first.wait_for(timeout=60_000)
+        except TimeoutError:
+            if not left: raise
 
 @contextlib.contextmanager
 def run_all(chromium, lab, name, shot):
@@ -51,12 +63,11 @@ def run_all(chromium, lab, name, shot):
     with sync_playwright() as p:
         page = p.chromium.launch(executable_path=chromium, args=quiet).new_page(viewport=dict(width=1500, height=1300))
         page.set_default_timeout(180_000)
-        page.goto(f'{lab}/lab/tree/{name}.ipynb?reset')
-        page.locator('.jp-NotebookPanel .jp-Cell').first.wait_for()
-        page.get_by_text('| Idle').first.wait_for()
-        page.get_by_role('menuitem', name='Run', exact=True).click()
-        page.get_by_text('Run All Cells', exact=True).click()
-        try: yield page
+        try:
+            opened(page, f'{lab}/lab/tree/{name}.ipynb?reset')
+            page.get_by_role('menuitem', name='Run', exact=True).click()
+            page.get_by_text('Run All Cells', exact=True).click()
+            yield page
         finally: page.screenshot(path=f"{os.environ.get('CDFSS_SCREENSHOTS', shot)}/{name}.png")
         errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
         assert errors.count() == 0, errors.first.inner_text()

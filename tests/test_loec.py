@@ -43,6 +43,33 @@ def test_gradients_of_empty_channels_are_finite():
     random_style(x, .1).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
+@pytest.mark.parametrize('bound', [1., 10.])
+def test_a_bound_changes_the_gradient_of_nearly_empty_patterns_alone(bound):
+    g = torch.Generator().manual_seed(0)
+    x, style, way = (torch.randn(2, 4, 12, 9, generator=g) for _ in range(3))
+    x[0, 2] *= 1e-5
+    def gradient(bound):
+        a = x.clone().requires_grad_()
+        out = swap_amplitude(a, style, bound)
+        (out * way).sum().backward()
+        return out.detach(), a.grad
+    (free, steep), (same, kept) = gradient(0.), gradient(bound)
+    assert torch.allclose(free, same, atol=1e-5)
+    growth = lambda grad: (torch.fft.rfft2(grad).abs().amax((2, 3)) / torch.fft.rfft2(way).abs().amax((2, 3)))
+    assert growth(steep)[0, 2] > 1e4 and growth(kept).max() < 3*bound
+    within = (torch.fft.rfft2(style).abs() <= bound*torch.fft.rfft2(x).abs())
+    assert 0 < within.float().mean() < 1 and torch.allclose(torch.fft.rfft2(steep)[within], torch.fft.rfft2(kept)[within], rtol=1e-3, atol=1e-3*float(torch.fft.rfft2(kept).abs().max()))
+
+def test_lems_gradient_is_bounded_unless_asked():
+    x = torch.rand(1, 6, 10, 10, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1, 1, 1, 1, 1e-6]).view(1, 6, 1, 1)
+    way = torch.randn(1, 6, 10, 10, generator=torch.Generator().manual_seed(1))
+    def size(**options):
+        a = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        (LEM(LEMOptions(**options)).stage('stem', a, 'support') * way).sum().backward()           # its squares do not depend on the phase
+        return float(a.grad.norm())
+    assert size(bound=0.) > 1e3 * size()
+
 def test_gradient_of_the_operator_is_its_derivative():
     g = torch.Generator().manual_seed(0)
     x, kernel = torch.randn(1, 2, 5, 4, generator=g), torch.randn(2, 2, 3, 3, generator=g)

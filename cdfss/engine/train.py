@@ -69,7 +69,7 @@ class RunOptions(Options):
     processes:int          = option(1, "processes that share each training batch, a GPU for each (on a CPU: a core), through Hugging Face accelerate; not to be given under accelerate launch", low=1)
     runs:str               = option('runs', "folder for run folders")
 
-ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl', **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
+ADDED = dict(keep_epochs=False, fold=None, eval_size='working', augment='none', augment_rule='hsl', lem_bound=0., **{f'{base}_{n}': v for base in ('ssp', 'prototype', 'ifa') for n, v in dict(layers='last', temperature=.1).items()})      # not hashed at these values: runs made before they existed keep their folders
 NOT_HASHED = ('data_root', 'device', 'workers', 'prefetch', 'fold_norms', 'compile', 'processes', 'runs', 'weights', 'manifest', 'nest', 'checkpoint', 'adapt_batch', 'adapt_keep')      # where things lie and how fast, not what they are: content stands for them
 # where None stands in the settings: what the scale says; else, or before it, what the base method says (`Segmenter.defaults`)
 SCALES = dict(miniature=dict(size=96, epochs=6, fit_episodes=None, backbone='miniature'),

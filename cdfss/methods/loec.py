@@ -14,19 +14,23 @@ from .seams import ALIASES, MODULES, Module
 from ..models.segmenter import Match
 
 # %% ../../nbs/methods/21_loec.ipynb #d4da937c
-def swap_amplitude(content:Float[Tensor, "b c h w"], style:Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    "The map with the phase of `content` and the amplitude of `style` (LoEC, LEM; HSL, global style randomisation)."
-    f, size = torch.fft.rfft2(content.float()), content.shape[-2:]
+def swap_amplitude(content:Float[Tensor, "b c h w"], style:Float[Tensor, "b c h w"], bound:float=0.) -> Float[Tensor, "b c h w"]:
+    """The map with the phase of `content` and the amplitude of `style` (LoEC, LEM; HSL, global style randomisation). Where the amplitude grows more than `bound` times (0: no bound), the gradient through
+    that phase is scaled down to `bound`; the map is the same."""
+    f, amplitude, size = torch.fft.rfft2(content.float()), torch.fft.rfft2(style.float()).abs(), content.shape[-2:]
     size_of = f.abs()
     present = size_of > 1e-12
     phase = torch.where(present, f / torch.where(present, size_of, 1.), torch.ones_like(f))
-    return torch.fft.irfft2(torch.fft.rfft2(style.float()).abs() * phase, s=size).to(content.dtype)
+    if bound and phase.requires_grad:
+        given, share = phase.detach(), (bound * size_of / amplitude.clamp(min=1e-12)).clamp(max=1.).detach()
+        phase = given + share * (phase - given)
+    return torch.fft.irfft2(amplitude * phase, s=size).to(content.dtype)
 
-def random_style(x:Float[Tensor, "b c h w"], sigma:float, kernel:Tensor|None=None) -> Float[Tensor, "b c h w"]:
-    "`x` with the amplitude of its convolution by a random 3x3 kernel of std `sigma`, one draw for the batch; `kernel` fixes the draw (std 1)."
+def random_style(x:Float[Tensor, "b c h w"], sigma:float, kernel:Tensor|None=None, bound:float=0.) -> Float[Tensor, "b c h w"]:
+    "`x` with the amplitude of its convolution by a random 3x3 kernel of std `sigma`, one draw for the batch; `kernel` fixes the draw (std 1), `bound` is `swap_amplitude`'s."
     c = x.shape[1]
     if kernel is None: kernel = torch.randn(c, c, 3, 3, device=x.device, dtype=x.dtype)
-    return swap_amplitude(x, F.conv2d(x, sigma * kernel, padding=1))
+    return swap_amplitude(x, F.conv2d(x, sigma * kernel, padding=1), bound)
 
 # %% ../../nbs/methods/21_loec.ipynb #1bf0ae2b
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class LEMOptions(Options):
     where:str      = option('stem', "the stage whose output LEM disturbs (R: the first, as the paper's figure)")
     branch:str     = option('support', "which images are disturbed (paper: support)", choices=('support', 'query', 'both'))
     renorm:str     = option('none', "none, or std: bring each channel back to its own mean and std (R)", choices=('none', 'std'))
+    bound:float    = option(10.0, "how many times a gradient may grow on its way through a phase; 0: no bound, as the formula has it (R)", low=0)
 
 @MODULES.register('lem')
 class LEM(Module):
@@ -50,7 +55,7 @@ class LEM(Module):
         o = self.options
         if name != o.where or o.branch not in (role, 'both') or o.strength == 0: return x
         if o.p < 1 and torch.rand(()) >= o.p: return x
-        new = random_style(x, o.sigma)
+        new = random_style(x, o.sigma, bound=o.bound)
         if o.renorm == 'std':
             moments = lambda t: (t.mean((2, 3), keepdim=True), t.std((2, 3), keepdim=True))
             (m0, s0), (m1, s1) = moments(x), moments(new)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'ORDER', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
            'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'tuned_jobs', 'combined_jobs',
-           'renormed_jobs', 'more_jobs', 'look_jobs', 'plan', 'do', 'Progress', 'cells_of', 'work', 'check_data',
+           'lem_jobs', 'more_jobs', 'look_jobs', 'plan', 'do', 'Progress', 'cells_of', 'work', 'check_data',
            'real_study', 'base_name', 'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span',
            'score_table', 'lists', 'change', 'as_study', 'changes', 'Own', 'claims_table', 'claims_text',
            'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
@@ -22,7 +22,7 @@ from ..diagnostics.trajectory import label
 from ..engine.grid import local_workers, run_cell, visible_gpus
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
-from ..engine.train import TrainSettings, numbers
+from ..engine.train import ADDED, TrainSettings, numbers
 from ..engine.workers import Cell, RayCluster, schedule
 from ..methods.seams import parse_recipe
 from . import plots
@@ -46,7 +46,7 @@ class RealOptions(Options):
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
     setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, two hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
-    parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
+    parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
     workers:int   = option(0, "runs side by side; 0: one per core, four on a GPU", low=0)
     engine:str    = option('local', "local: processes of this machine; ray: a Ray cluster, whose nodes share data and runs", choices=('local', 'ray'))
@@ -110,9 +110,10 @@ def combined_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     score = lambda name, after, **settings: _score(name, seed, after, common, **settings)
     return [score('hsl+lcm', 'hsl', method='ssp+dsr+hsm+lcm+pcmt'), score('ssp+lcm+pcmt', 'ssp+lcm', method='ssp+lcm+pcmt'), score('ssp+lcm, beta mean', 'ssp+lcm', method='lcm', lcm_beta_rule='mean')]
 
-def renormed_jobs(size:Size, seed:int, common:dict) -> list[Job]:
-    "LEM with each channel's own mean and spread kept: is it the size of the disturbance that harms?"
-    return [_fit('ssp+lem+lcm, renorm', seed, common, method='loec', lem_renorm='std', **size.quiet)]
+def lem_jobs(size:Size, seed:int, common:dict) -> list[Job]:
+    "What harms in LEM: the gradient through its phase (unbounded; or none, as in the paper's base, whose first stages are frozen), or the size of the disturbance (each channel's own mean and spread kept)?"
+    fit = lambda name, **settings: _fit(f'ssp+lem+lcm, {name}', seed, common, method='loec', **size.quiet, **settings)
+    return [fit('stem+stage1 frozen', freeze='stem+stage1'), fit('renorm', lem_renorm='std'), fit('no bound', lem_bound=0.), fit('renorm, no bound', lem_renorm='std', lem_bound=0.)]
 
 def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "What else tests a likely reason, or completes a table."
@@ -142,12 +143,12 @@ def plan(o:RealOptions) -> list[Job]:
     own = common(size.backbone)
     of = lambda part, made, at=seeds: [j for seed in at for j in made(seed)] if part in o.chosen else []
     sized = lambda made: lambda seed: made(size, seed, own)
-    jobs = [*of('core', sized(core_jobs)), *of('tuned', sized(tuned_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('more', sized(renormed_jobs)), *of('combined', sized(combined_jobs)),
+    jobs = [*of('core', sized(core_jobs)), *of('tuned', sized(tuned_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('more', sized(lem_jobs)), *of('combined', sized(combined_jobs)),
             *of('inside', lambda seed: look_jobs(size, seed)[2:], seeds[:1]), *of('more', sized(more_jobs)), *of('inside', lambda seed: look_jobs(size, seed), seeds[1:])]
     if 'more' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
     if 'mobilenet' in o.chosen and o.setting != 'smoke':
         other = common('mobilenetv2') | dict(targets=','.join(TARGETS), precision='float32')
-        jobs += [Job(f'{m}, MobileNetV2, seed {s}', other | dict(method=m, seed=s)) for s in seeds for m in ('lcm', 'loec')]
+        jobs += [Job(f'{m}, MobileNetV2, seed {s}', other | dict(method=m, seed=s) | (size.quiet if s != seeds[0] or m == 'loec' else {})) for s in seeds for m in ('lcm', 'loec')]
     return jobs
 
 # %% ../../nbs/report/61_real.ipynb #f0d63d37
@@ -243,7 +244,9 @@ def label_of(run:Run, method:str) -> str:
     p, usual = run.params, TrainSettings()
     said = [row_name(p, label(run, method))]
     if p['lr'] != _common['lr'] and p['epochs']: said.append(f"rate {p['lr']:g}")
-    said += [f"{k.replace('_', ' ')} {p[k]}" for k in ('lem_renorm', 'lcm_beta', 'lcm_beta_rule') if k[:3] in parse_recipe(method.split(',')[0]).modules and p.get(k, getattr(usual, k)) != getattr(usual, k)]
+    given = lambda k: p.get(k, ADDED.get(k, getattr(usual, k)))                                # of a run that is older than the option, what it did
+    said += [f"{k.replace('_', ' ')} {given(k) if isinstance(given(k), str) else f'{given(k):g}'}" for k in ('lem_renorm', 'lem_bound', 'lcm_beta', 'lcm_beta_rule')
+             if k[:3] in parse_recipe(method.split(',')[0]).modules and given(k) != getattr(usual, k)]
     return ', '.join(said)
 
 def finished(o:RealOptions) -> dict[str, Run]:
@@ -284,8 +287,8 @@ def per_seed(frame:pd.DataFrame, metric:str='class_miou', upto:int|None=None) ->
 
 def span(values:pd.Series) -> tuple[float, float, float]: return seed_interval(values) if len(values) > 1 else (values.iloc[0] if len(values) else math.nan, math.nan, math.nan)
 
-ORDER = ('ssp', 'ssp, stem frozen', 'ssp, stem+stage1 frozen', 'ssp+lem', 'ssp+lem, lem renorm std', 'ssp+lcm', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm, lcm beta rule mean', 'ssp+lcm, stem frozen', 'ssp+lcm, stem+stage1 frozen',
-         'ssp+lem+lcm', 'ssp+lem+lcm, lem renorm std', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
+ORDER = ('ssp', 'ssp, stem frozen', 'ssp, stem+stage1 frozen', 'ssp+lem', 'ssp+lem, lem bound 0', 'ssp+lem, lem renorm std', 'ssp+lem, lem renorm std, lem bound 0', 'ssp+lem, stem+stage1 frozen', 'ssp+lcm', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm, lcm beta rule mean', 'ssp+lcm, stem frozen', 'ssp+lcm, stem+stage1 frozen',
+         'ssp+lem+lcm', 'ssp+lem+lcm, lem bound 0', 'ssp+lem+lcm, lem renorm std', 'ssp+lem+lcm, lem renorm std, lem bound 0', 'ssp+lem+lcm, stem+stage1 frozen', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
 BASES = {'ifa': 'ifa, untuned', 'ifa, 1 round': 'ifa, untuned'}                          # everything else is compared with ssp
 GROUPS = dict(far=tuple(t for t in TARGETS if t != NEAR), all=TARGETS)                     # means beside the single targets
 
@@ -365,6 +368,8 @@ OWN = (Own('LFM', 'APM-M and ACPA gain over their host on far targets (HSNet: mo
        Own('across', 'PCMT gains beside LEM and LCM', 'ssp+lem+lcm+pcmt', 'ssp+lem+lcm', 'no paper'),
        Own('across', 'PCMT gains beside LCM', 'ssp+lcm+pcmt', 'ssp+lcm', 'no paper'),
        Own('across', 'APM-M and ACPA gain beside LEM', 'ssp+lem+apm_m+acpa', 'ssp+lem', 'no paper'),
+       Own('here', 'LEM loses less when the gradient through its phase is bounded', 'ssp+lem', 'ssp+lem, lem bound 0', 'no paper'),
+       Own('here', "LEM gains where the first two stages are frozen, as in the paper's base", 'ssp+lem, stem+stage1 frozen', 'ssp, stem+stage1 frozen', 'no paper'),
        Own('here', "LEM loses less when each channel keeps its own mean and std (renorm std)", 'ssp+lem, lem renorm std', 'ssp+lem', 'no paper'),
        Own('here', 'LEM with renorm std gains over SSP', 'ssp+lem, lem renorm std', 'ssp', 'no paper'),
        Own('here', "LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lcm, lcm beta rule mean', 'ssp+lcm', 'no paper'),
