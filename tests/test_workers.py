@@ -68,6 +68,41 @@ def test_without_a_worker_the_reason_is_told():
     schedule(grid, MadeUp(random.Random(0), 2, unfit=(0, 1)))
     assert {(c.status, c.said) for c in grid} == {('failed', 'no worker could be started: it sees no folder')}
 
+@pytest.mark.parametrize('seed', range(20))
+def test_what_comes_after_begins_when_the_others_are_done_and_sees_what_they_returned(seed):
+    chance = random.Random(seed)
+    n, retries, slots = chance.randint(2, 14), chance.randint(0, 2), chance.randint(1, 4)
+    grid = [Cell(dict(n=k, ends=chance.choices(['died', 'busy', 'done', 'failed'], [2, 1, 8, 1], k=20) + ['done']), name=f'job {k}') for k in range(n)]
+    for k, c in enumerate(grid):
+        c.after = chance.sample(grid[:k], min(k, chance.choice((0, 1, 1, 2))))
+        c.take = lambda *results: dict(seen=list(results))
+    grid[0].status, grid[0].result = chance.choice([('waiting', None), ('done', 0), ('failed', None)])         # as another time left it
+    given, engine, order = {}, MadeUp(chance, slots), []
+    def give(slot, value):
+        given[value['n']] = value
+        assert all(c.status == 'done' for c in grid[value['n']].after)
+        MadeUp.give(engine, slot, value)
+    engine.give = give
+    asked = chance.sample(grid, n)
+    schedule(asked, engine, retries, lambda c: order.append((c.value['n'], c.status)), again=0.)
+    for c in grid:
+        lost = [a for a in c.after if a.status == 'failed']
+        if lost: assert c.status == 'failed' and not c.attempts and c.said in [f"'{a.name}' failed" for a in lost] and c.value['n'] not in given
+        else: assert c.status in ('done', 'failed') and (c is grid[0] or given[c.value['n']]['seen'] == [a.value['n'] for a in c.after])
+        assert 'seen' not in c.value and len([1 for m, s in order if m == c.value['n'] and s in ('done', 'failed')]) == (c.value['n'] in given or bool(lost))
+    assert engine.closed == 1
+
+def test_what_can_never_begin_is_refused_at_once():
+    a, b, c = (Cell(dict(n=n, ends=['done']), name=n) for n in 'abc')
+    a.after, b.after, c.after = [b], [c], [a]
+    with pytest.raises(InputError, match='jobs that wait for each other: a, b, c'): schedule([a, b, c], engine := MadeUp(random.Random(0), 2))
+    with pytest.raises(InputError, match="b: comes after 'c', which is not among the jobs"): schedule([b], engine)
+    assert engine.closed == 2 and not engine.alive and {x.status for x in (a, b, c)} == {'waiting'}
+    nameless = Cell(dict(n=0, ends=['failed'])), Cell(dict(n=1, ends=['done']))
+    nameless[1].after = nameless[:1]
+    schedule(nameless, MadeUp(random.Random(0), 2))
+    assert nameless[1].said == 'what it comes after failed: failed it said'
+
 class Shrinking(MadeUp):
     "A cluster that loses the node of its first worker: what is started in its place waits for a node for ever."
     def slots(self): return self.count if 0 in self.alive or not self.starts else self.count - 1
@@ -104,6 +139,19 @@ def test_a_worker_that_cannot_start_is_given_up():
     grid = [Cell(dict(n=0)), Cell(dict(n=1))]
     schedule(grid, Local('cdfss.engine.workers:no_such_job', [{}, {}]))
     assert all(c.status == 'failed' and 'no worker could be started: its process ended with code 1: AttributeError' in c.said and '\n' not in c.said for c in grid)
+
+def test_a_time_limit_stops_what_runs_and_the_rest_goes_on_later(tmp_path):
+    quick, slow = Cell(dict(n='quick', mark=str(tmp_path/'quick')), name='quick'), Cell(dict(n='slow', mark=str(tmp_path/'slow'), seconds=600.), name='slow')
+    after = Cell(dict(mark=str(tmp_path/'after')), name='after', after=(quick, slow), take=lambda one, two: dict(n=[one['n'], two['n']]))
+    grid, began = [after, quick, slow], time.monotonic()
+    schedule(grid, Local(REHEARSAL, [{}, {}]), limit=5.)
+    assert time.monotonic() - began < 120 and [c.status for c in grid] == ['waiting', 'done', 'waiting'] and slow.said == 'interrupted'
+    assert gone({int(p) for f in tmp_path.iterdir() for p in f.read_text().split()}, 5.) and not (tmp_path/'after').exists()
+    schedule(grid, Local(REHEARSAL, [{}]), limit=0.)
+    assert [c.status for c in grid] == ['waiting', 'done', 'waiting'] and slow.attempts == 1
+    slow.value['seconds'] = 0.
+    schedule(grid, Local(REHEARSAL, [{}, {}]))
+    assert [c.status for c in grid] == ['done']*3 and after.result['n'] == ['quick', 'slow'] and quick.attempts == 1
 
 DRIVER = '''
 import json, sys

@@ -47,11 +47,11 @@ def shares(jobs:int, workers:int=0, threads:int=0, gpus:Sequence[str]=(), per_gp
     return [dict(OMP_NUM_THREADS=str(threads or max(1, among//n)), OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'PASSIVE'), **({'CUDA_VISIBLE_DEVICES': gpus[k % len(gpus)]} if gpus else {}))
             for k in range(n)]
 
-def local_workers(settings:Sequence[dict], workers:int=0, threads:int=0, per_gpu:int=1) -> Local:
-    "Workers of this machine for these settings; its GPUs are left alone when all of them say `device='cpu'`."
+def local_workers(settings:Sequence[dict], workers:int=0, threads:int=0, per_gpu:int=1, job:str='cdfss.engine.grid:run_cell') -> Local:
+    "Workers of this machine for these settings (`job` does one); its GPUs are left alone when all of them say `device='cpu'`."
     gpus = [] if all(s.get('device') == 'cpu' for s in settings) else visible_gpus()
     each = shares(len(settings), workers, threads, gpus, per_gpu)
-    return Local('cdfss.engine.grid:run_cell', each, [f'worker {k + 1}' + (f", GPU {e['CUDA_VISIBLE_DEVICES']}" if gpus else '') for k, e in enumerate(each)])
+    return Local(job, each, [f'worker {k + 1}' + (f", GPU {e['CUDA_VISIBLE_DEVICES']}" if gpus else '') for k, e in enumerate(each)])
 
 # %% ../../nbs/engine/37_grid.ipynb #e7d3fa1d
 def words(settings:dict) -> str:

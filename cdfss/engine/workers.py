@@ -4,7 +4,7 @@
 __all__ = ['Cell', 'function_named', 'outcome', 'serve', 'Local', 'schedule', 'rehearsal', 'capacity', 'RayCluster']
 
 # %% ../../nbs/engine/39_workers.ipynb #0bcc6553
-import importlib, json, os, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import importlib, json, math, os, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from ..basics import Busy, InputError
 # %% ../../nbs/engine/39_workers.ipynb #3a7282bc
 @dataclass
 class Cell:
-    "One job of a grid, and how it stands: waiting, running, done or failed. `said` is its last line, `attempts` counts its starts, `where` names its last worker."
+    """One job of a grid, and how it stands: waiting, running, done or failed. `said` is its last line, `attempts` counts its starts, `where` names its last worker.
+    It begins when the cells it comes `after` are done; `take(*results)`, of their results in that order, is then added to its `value`."""
     value: dict
     status: str = 'waiting'
     result: object = None
@@ -23,6 +24,14 @@ class Cell:
     seconds: float = 0.
     where: str = ''
     trace: str = ''
+    name: str = ''
+    after: Sequence['Cell'] = ()
+    take: Callable[..., dict]|None = None
+
+    @property
+    def ready(self) -> bool: return all(c.status == 'done' for c in self.after)
+
+    def given(self) -> dict: return self.value | self.take(*(c.result for c in self.after)) if self.take else self.value
 
 def function_named(name:str) -> Callable:
     "The function `package.module:name`."
@@ -113,10 +122,12 @@ def _signal(number:int) -> str:
     return f'{name} (by hand, or for want of memory)' if name == 'SIGKILL' else name
 
 # %% ../../nbs/engine/39_workers.ipynb #32887620
-def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell], None]=lambda cell: None, patience:float=600., again:float=2.) -> Sequence[Cell]:
+def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell], None]=lambda cell: None, patience:float=600., again:float=2., limit:float=math.inf) -> Sequence[Cell]:
     """Run every cell's `value` on the workers of `engine`; each cell ends as done or failed. `change(cell)` is called whenever something about a cell changes.
-    A cell whose worker died, or ran out of memory, is started at most `retries` times more. One that is busy elsewhere is asked again every `again` seconds for `patience` seconds.
-    However this ends (Ctrl-C too) no worker is left behind."""
+    A cell begins when those it comes `after` are done, and fails when one of them does. A cell whose worker died, or ran out of memory, is started at most `retries` times more. One that is busy elsewhere
+    is asked again every `again` seconds for `patience` seconds. After `limit` seconds nothing is begun, what runs is stopped, and what is left is waiting.
+    However this ends (Ctrl-C too) no worker is left behind. Raises `InputError` for cells that can never begin."""
+    until = time.monotonic() + limit
     waiting, held, busy_since = deque(c for c in cells if c.status == 'waiting'), [], {}
     state, at, began, names, stillborn, reason = {}, {}, {}, {}, {}, ''                      # of slots: state, cell, its start, name, failed starts
     left = len(waiting)
@@ -125,6 +136,14 @@ def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell]
         nonlocal left
         left -= 1
         changed(cell, status, **what)
+        if status == 'failed':
+            for c in [c for c in waiting if any(a is cell for a in c.after)]: give_up(c, cell)
+
+    def give_up(cell, lost):
+        if cell.status != 'waiting': return                                                  # two that it comes after have failed
+        kept = [c for c in waiting if c is not cell]
+        waiting.clear(); waiting.extend(kept)
+        ended(cell, 'failed', said=f"'{lost.name}' failed" if lost.name else f'what it comes after failed: {lost.said}')
 
     def changed(cell, status, **what):
         cell.status = status
@@ -167,29 +186,47 @@ def schedule(cells:Sequence[Cell], engine, retries:int=2, change:Callable[[Cell]
             else: ended(cell, 'failed', said=said, trace=trace)
 
     try:
-        while left:
-            now = time.monotonic()
+        _check_order(cells)
+        for c in list(waiting):
+            if lost := next((a for a in c.after if a.status == 'failed'), None): give_up(c, lost)
+        while left and (now := time.monotonic()) < until:
             waiting.extend(c for t, c in held if t <= now)
             held = [(t, c) for t, c in held if t > now]
             fit = engine.slots()                                                             # of a cluster: now
-            while len(state) < fit and left > sum(s != 'given up' for s in state.values()):
+            blocked = sum(not c.ready for c in waiting)
+            while len(state) < fit and left - blocked > sum(s != 'given up' for s in state.values()):
                 slot = next(k for k in range(fit) if k not in state)
                 state[slot] = 'starting'
                 engine.open(slot)
-            for slot in [k for k, s in state.items() if s == 'idle'][:len(waiting)]:         # also those beyond a number that has shrunk
-                cell = at[slot] = waiting.popleft()
+            for slot in [k for k, s in state.items() if s == 'idle'][:len(waiting) - blocked]:         # also those beyond a number that has shrunk
+                k = next(k for k, c in enumerate(waiting) if c.ready)
+                cell = at[slot] = waiting[k]
+                del waiting[k]
                 state[slot], began[slot] = 'busy', now
                 cell.attempts += 1
-                engine.give(slot, cell.value)
+                engine.give(slot, cell.given())
                 changed(cell, 'running', said='', where=names[slot])
             if state and all(s == 'given up' for s in state.values()) and len(state) >= fit:
-                for cell in [*waiting, *(c for _, c in held)]: ended(cell, 'failed', said=f'no worker could be started: {reason}')
+                lost = [*waiting, *(c for _, c in held)]
+                waiting.clear()
+                for cell in lost: ended(cell, 'failed', said=f'no worker could be started: {reason}')
                 break
-            if (news := engine.next(timeout=max(.01, min([t for t, _ in held], default=now + 5.) - now))) is not None: hear(news[0], **news[1])
+            if (news := engine.next(timeout=max(.01, min(until, *(t for t, _ in held), now + 5.) - now))) is not None: hear(news[0], **news[1])
     finally:
         engine.close()
         for cell in at.values(): cell.status, cell.said = 'waiting', 'interrupted'
     return cells
+
+def _check_order(cells:Sequence[Cell]):
+    "Raises `InputError` unless every waiting cell can begin once the others are done."
+    if not any(c.after for c in cells): return
+    open_ = {id(c): c for c in cells if c.status == 'waiting'}
+    for c in open_.values():
+        if lost := next((a for a in c.after if id(a) not in open_ and a.status not in ('done', 'failed')), None): raise InputError(f"{c.name or c.value}: comes after '{lost.name or lost.value}', which is not among the jobs")
+    while open_:
+        free = [k for k, c in open_.items() if not any(id(a) in open_ for a in c.after)]
+        if not free: raise InputError(f"jobs that wait for each other: {', '.join(str(c.name or c.value) for c in list(open_.values())[:5])}")
+        for k in free: del open_[k]
 
 # %% ../../nbs/engine/39_workers.ipynb #f4759134
 def rehearsal(value:dict, say:Callable) -> dict:

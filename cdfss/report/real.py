@@ -3,27 +3,27 @@
 # %% auto #0
 __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'ORDER', 'BASES', 'GROUPS', 'LOEC', 'PLAN_OF', 'OWN',
            'CLAIM_COLUMNS', 'DRAWN', 'RealOptions', 'Size', 'Job', 'core_jobs', 'tuned_jobs', 'combined_jobs',
-           'lem_jobs', 'more_jobs', 'look_jobs', 'plan', 'Progress', 'work', 'check_data', 'real_study', 'base_name',
-           'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span', 'score_table', 'lists', 'change',
-           'as_study', 'changes', 'Own', 'claims_table', 'claims_text', 'draw_changes', 'about', 'report',
-           'ClaimOptions', 'tell']
+           'lem_jobs', 'more_jobs', 'look_jobs', 'plan', 'do', 'Progress', 'cells_of', 'work', 'check_data',
+           'real_study', 'base_name', 'label_of', 'finished', 'check_lists', 'episodes_of', 'per_seed', 'span',
+           'score_table', 'lists', 'change', 'as_study', 'changes', 'Own', 'claims_table', 'claims_text',
+           'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
-import json, math, os, re, threading, time
+import gc, json, math, re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
-from ..basics import InputError, Options, atomic_write, cores, option, unknown, write_json
+from ..basics import InputError, Options, atomic_write, option, unknown, write_json
 from ..data.subsets import check_subset, manifest_hash, read_subset
 from ..diagnostics.diagnosis import diagnose
 from ..diagnostics.trajectory import label
-from ..engine.grid import run_cell
+from ..engine.grid import local_workers, run_cell, visible_gpus
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import ADDED, TrainSettings, numbers
+from ..engine.workers import Cell, RayCluster, schedule
 from ..methods.seams import parse_recipe
 from . import plots
 from .ablations import CHANGES, Change, claims, row_name
@@ -49,6 +49,8 @@ class RealOptions(Options):
     parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
     workers:int   = option(0, "runs side by side; 0: one per core, four on a GPU", low=0)
+    engine:str    = option('local', "local: processes of this machine; ray: a Ray cluster, whose nodes share data and runs", choices=('local', 'ray'))
+    address:str|None = option(None, "address of the Ray cluster, host:port or auto (None: a cluster of this machine alone)")
     device:str    = option('auto', "auto, cpu, cuda")
     runs:str      = option('runs/real', "folder for run folders")
 
@@ -150,43 +152,17 @@ def plan(o:RealOptions) -> list[Job]:
     return jobs
 
 # %% ../../nbs/report/61_real.ipynb #f0d63d37
-def _train(settings:dict) -> str: return run_cell(settings)['run']
-
-def _look(path:str, recipe:str, look:dict[str, dict]) -> str:
-    for name, options in look.items(): diagnose(Run(path), name, recipe or None, **options)
-    return path
-
-def _child(send, threads:int, what:Callable, given:tuple):
-    "In a process of its own, which ends when the study does: what it returns, or the error in one line."
-    above = os.getppid()
-    def watch():
-        while os.getppid() == above: time.sleep(2)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    torch.set_num_threads(threads)
-    try: send.send((True, what(*given)))
-    except Exception as e: send.send((False, str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'.split('\n')[0]))
-
-class _Running:
-    "A job in a process that is forked from one which has imported everything already."
-    def __init__(self, context, threads:int, what:Callable, *given):
-        self.since, (self.inlet, send) = time.time(), context.Pipe(False)
-        self.process = context.Process(target=_child, args=(send, threads, what, given), daemon=True)
-        self.process.start()
-        send.close()
-
-    @property
-    def over(self) -> bool: return not self.process.is_alive()
-    @property
-    def seconds(self) -> float: return time.time() - self.since
-
-    def answer(self) -> tuple[bool, str]:
-        try: return self.inlet.recv()
-        except EOFError: return False, f'its process ended with code {self.process.exitcode}'
-
-    def stop(self):
-        self.process.terminate()
-        self.process.join()
+def do(value:dict, say:Callable=lambda line: None) -> str:
+    "A job in a worker: train `settings`, or take the `look`s (diagnostic -> options) inside `run` with `recipe`. Returns the run's folder. Raises `InputError` as `train` and `diagnose` do."
+    if 'look' not in value: return run_cell(value['settings'], say)['run']
+    try:
+        for name, options in value['look'].items():
+            say(name)
+            diagnose(Run(value['run']), name, value['recipe'] or None, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})      # lists: it came as JSON
+        return value['run']
+    finally:
+        gc.collect()
+        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
 
 class Progress:
     "Which jobs are done, and in which run folders: `real-<setting>.json`."
@@ -209,41 +185,41 @@ class Progress:
         write_json(self.file, self.done)
         return Run(path)
 
+def cells_of(jobs:list[Job], progress:Progress) -> dict[str, Cell]:
+    "Job name -> its cell, done where `progress` has its run: what trains or scores takes the weights of the run that it comes after, a look looks into that run. Raises `InputError` when that is not in the plan."
+    found = {j.name: Cell(dict(look=j.look, recipe=j.recipe) if j.look else dict(settings=j.settings), name=j.name) for j in jobs}
+    for j in jobs:
+        c = found[j.name]
+        if run := progress.run(j): c.status, c.result = 'done', str(run.path)
+        elif j.after:
+            if j.after not in found: raise InputError(f"{j.name}: takes the weights of '{j.after}', which is not in the plan; name its part too")
+            c.after, c.take = (found[j.after],), (lambda run: dict(run=run)) if j.look else (lambda run, settings=j.settings: dict(settings=settings | dict(checkpoint=run)))
+    return found
+
+def _engine(jobs:int, o:RealOptions):
+    "Workers of this machine, on a GPU as many as asked for, or four; or of a Ray cluster."
+    if o.engine == 'ray': return RayCluster('cdfss.report.real:do', o.address, per_gpu=0 if o.device == 'cpu' else 4, most=o.workers, sees=[o.runs, *([o.data] if o.data else [])])
+    return local_workers([dict(device=o.device)]*jobs, o.workers, per_gpu=max(4, math.ceil(o.workers/max(1, len(visible_gpus())))), job='cdfss.report.real:do')
+
 def work(jobs:list[Job], o:RealOptions, say:Callable=print) -> Progress:
     "Do what is not done, until it is or `o.minutes` are over. Raises `InputError`, when the rest is done, for jobs that failed."
-    start, progress = time.time(), Progress(o)
-    gpu = o.device.startswith('cuda') or o.device == 'auto' and torch.cuda.is_available()
-    workers = o.workers or (4 if gpu else cores())
-    context = get_context('forkserver' if 'forkserver' in get_all_start_methods() else 'spawn')
-    if context.get_start_method() == 'forkserver': context.set_forkserver_preload(['cdfss.report.real'])
-    by_name, running, failed, done = {j.name: j for j in jobs}, {}, {}, {j.name: r for j in jobs if (r := progress.run(j))}
-    todo = [j for j in jobs if j.name not in done]
-    if lost := next((j for j in todo if j.after and j.after not in by_name), None): raise InputError(f"{lost.name}: takes the weights of '{lost.after}', which is not in the plan; name its part too")
-    if done: say(f'{len(done)} of {len(jobs)} jobs were done before')
-    def begin(j):
-        run = done.get(j.after)
-        given = (_look, str(run.path), j.recipe, j.look) if j.look else (_train, j.settings | (dict(checkpoint=str(run.path)) if run else {}))
-        return _Running(context, max(1, cores()//workers), *given)
-    try:
-        while todo or running:
-            if o.minutes and time.time() - start > 60*o.minutes: break
-            for name in [n for n, r in running.items() if r.over]:
-                r = running.pop(name)
-                fine, said = r.answer()
-                if fine: done[name] = progress.add(by_name[name], said, r.seconds)
-                else: failed[name] = said
-                say(f"{len(done) + len(failed)}/{len(jobs)}  {name}  {r.seconds:.0f} s{'' if fine else '  FAILED: ' + said}")
-            for j in list(todo):
-                if len(running) >= workers: break
-                if j.after in failed: failed[j.name] = f"'{j.after}' failed"
-                elif not j.after or j.after in done: running[j.name] = begin(j)
-                else: continue
-                todo.remove(j)
-            time.sleep(.3)
-    finally:
-        for r in running.values(): r.stop()
-    if left := len(todo) + len(running): say(f'{left} of {len(jobs)} jobs are left after {o.minutes:g} minutes: run the same command again')
-    if failed: raise InputError(f"{len(failed)} of {len(jobs)} jobs failed; the first ({next(iter(failed))}): {next(iter(failed.values()))}")
+    if o.address and o.engine != 'ray': raise InputError(f"address={o.address}: only engine=ray has an address")
+    progress, by_name, failed, told = Progress(o), {j.name: j for j in jobs}, [], {}
+    grid = cells_of(jobs, progress)
+    todo = [c for c in grid.values() if c.status != 'done']
+    if before := len(jobs) - len(todo): say(f'{before} of {len(jobs)} jobs were done before')
+    def change(c):
+        if c.status in ('done', 'failed'):
+            if c.status == 'done': progress.add(by_name[c.name], c.result, c.seconds)
+            else: failed.append(c)
+            over = sum(d.status in ('done', 'failed') for d in grid.values())
+            say(f"{over}/{len(jobs)}  {c.name}  {c.seconds:.0f} s{'' if c.status == 'done' else '  FAILED: ' + c.said}")
+        elif c.status == 'waiting' and told.get(c.name) != c.said:
+            told[c.name] = c.said
+            say(f'{c.name}  {c.said}')
+    if todo: schedule(todo, _engine(len(todo), o), change=change, limit=60*o.minutes or math.inf)
+    if left := sum(c.status not in ('done', 'failed') for c in todo): say(f'{left} of {len(jobs)} jobs are left after {o.minutes:g} minutes: run the same command again')
+    if failed: raise InputError(f"{len(failed)} of {len(jobs)} jobs failed; the first ({failed[0].name}): {failed[0].said}")
     return progress
 
 def check_data(o:RealOptions, say:Callable=print):
@@ -254,8 +230,10 @@ def check_data(o:RealOptions, say:Callable=print):
 
 def real_study(o:RealOptions, say:Callable=print) -> Progress:
     "Check the pictures, and work through the plan. Raises `InputError` for pictures that are not those of the lists, and for jobs that failed."
+    if o.engine == 'ray': o = replace(o, runs=str(Path(o.runs).resolve()), data=o.data and str(Path(o.data).resolve()))                     # workers stand elsewhere
     jobs = plan(o)
     check_data(o, say)
+    Path(o.runs).mkdir(parents=True, exist_ok=True)
     return work(jobs, o, say)
 
 # %% ../../nbs/report/61_real.ipynb #d258bceb
