@@ -1,5 +1,5 @@
 "A data set, an archive or a checkpoint of a stranger is read, and nothing in it is run: no pickle, no shell, no link out of a folder, no HTML."
-import ast, io, json, os, pickle, re, struct, subprocess, tarfile, zipfile
+import ast, io, json, os, pickle, re, struct, subprocess, tarfile, time, zipfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -11,13 +11,15 @@ from cdfss.data import archives
 from cdfss.data.images import ImageStore, _open
 from cdfss.data.layouts import index_areas, open_dataset
 from cdfss.engine.runs import Run, load_state_file
-from cdfss.engine.train import TrainSettings, load_segmenter, resolve, segmenter_of
-from cdfss.models.backbones import read_state
+from cdfss.engine.train import EvaluateSettings, TrainSettings, evaluation, load_segmenter, resolve, segmenter_of
+from cdfss.models.affinity import read_predictor
+from cdfss.models.backbones import BackboneOptions, create_backbone, read_state
 from cdfss.report import plots, tables
 from cdfss.use.pictures import read_picture
-from cdfss.use.segment import FewShot
+from cdfss.use.segment import FewShot, load as fewshot
 from fakes import blob, picture, polyps
 from test_checkpoints import Trap
+from test_fuzz import fares
 from test_prepare import special, tarred, zipped
 
 NASTY = '<img src=x onerror=alert(1)>'
@@ -122,6 +124,73 @@ def test_a_pickle_is_never_opened(tmp_path, kind, capsys):
     with pytest.raises(Exception): pickle.loads(pickle.dumps(Trap(tmp_path/'sprung'/'deeper')))
     pickle.loads(pickle.dumps(trap))
     assert (tmp_path/'sprung').exists(), 'the trap works'
+
+# ---- what a checkpoint says it is -----------------------------------------------------------------------------------------------------
+def described_run(folder:Path, recipe:str='ssp', **changes) -> Path:
+    "A run folder with one small tensor, and a description of anything."
+    folder.mkdir(parents=True)
+    (folder/'weights.safetensors').write_bytes(save({'a': torch.zeros(4)}))
+    whole = dict(recipe=recipe, backbone=dict(backbone='miniature'), options={}, size=32)
+    (folder/'weights.json').write_text(json.dumps({k: v | changes.pop(k, {}) if isinstance(v, dict) else changes.pop(k, v) for k, v in whole.items()}))
+    return folder
+
+HUGE = [dict(backbone=dict(backbone='vit_giant_patch14_dinov2')), dict(backbone=dict(backbone='convnextv2_huge', last_stage='stem')), dict(backbone=dict(backbone='eva02_enormous_patch14_clip_224', last_stage='stem')),
+        dict(backbone=dict(backbone='vit_tiny_patch16_224@8000000')), dict(backbone=dict(backbone='vit_tiny_patch16_224@8192:1', last_stage='stem'), recipe='prototype'), dict(recipe='sccan', options=dict(sccan_blocks=10**6)),
+        dict(recipe='hdmnet', options=dict(hdmnet_base=10**9)), dict(recipe='hdmnet', options=dict(hdmnet_dim=8*10**6)), dict(recipe='hdmnet', options=dict(hdmnet_base=2, hdmnet_shots=10**8))]
+
+@pytest.mark.parametrize('says', HUGE, ids=lambda says: str([v for d in says.values() if isinstance(d, dict) for v in d.values()][0]))
+def test_a_checkpoint_that_describes_a_huge_network(tmp_path, says):
+    "A hundred bytes of weights: refused in one line before memory or time is spent, whoever loads it."
+    run, begun = described_run(tmp_path/'run', **says), time.process_time()
+    for act in (lambda: load_segmenter(run), lambda: fewshot(run), lambda: evaluation(EvaluateSettings(method=says.get('recipe', 'ssp'), checkpoint=str(run))), lambda: read_predictor(str(described_run(tmp_path/'predictor', **says | dict(recipe='ssp'))))):
+        said = fares(act, run, 'tensor', 'weights', *says.get('options', ()), 'backbone', megabytes=150)
+        assert said is None
+    assert time.process_time() - begun < 15
+
+def test_a_fitted_file_that_describes_a_huge_network(tmp_path):
+    seg = fewshot('prototype', backbone='miniature', weights='none', size=32)
+    picture(tmp_path/'a.png', 1, (40, 30)); blob(tmp_path/'m.png', 1, (40, 30))
+    whole = seg.fit([tmp_path/'a.png'], [tmp_path/'m.png']).save(tmp_path/'f.safetensors').read_bytes()
+    n = struct.unpack('<Q', whole[:8])[0]
+    def said(change):
+        head = json.loads(whole[8:8 + n])
+        about = json.loads(head['__metadata__']['about'])
+        change(about)
+        head['__metadata__']['about'] = json.dumps(about)
+        (tmp_path/'f.safetensors').write_bytes(struct.pack('<Q', len(text := json.dumps(head).encode())) + text + whole[8 + n:])
+        return fares(lambda: FewShot.load(tmp_path/'f.safetensors'), tmp_path/'f.safetensors', 'size', megabytes=150)
+    assert said(lambda about: None) is not None
+    for change in (lambda about: about['backbone'].update(backbone='vit_giant_patch14_dinov2'), lambda about: about['options'].update(size=10**6), lambda about: about.update(tasks=[[1, 'x', [0]*200_000]]),
+                   lambda about: about.update(tasks=[[i, 'x', [0]] for i in range(100_000)]), lambda about: about.update(tasks=[[1, 'x', [0]]]*1000)): assert said(change) is None
+
+def test_tensors_that_say_they_are_larger_than_their_file(tmp_path):
+    "Four bytes that stand for 4 TB, as torch's format lets a tensor of no stride say; sparse ones, and ones on no device."
+    wide, names = torch.zeros(1).expand(2**20, 2**20), ('a', 'kshot_rw.2.bias', 'pos_embed', 'stages.0.0.gamma')
+    for bad in (wide, torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.long), torch.zeros(1), (2**20, 2**20)), torch.empty(2**20, 2**20, device='meta')):
+        for new in (True, False):
+            torch.save({'state_dict': {n: bad for n in names}}, tmp_path/'w.pth', _use_new_zipfile_serialization=new)
+            for act in (lambda: read_state(tmp_path/'w.pth'), lambda: evaluation(EvaluateSettings(method='hdmnet', checkpoint=str(tmp_path/'w.pth'))), lambda: create_backbone(BackboneOptions(backbone='resnet18', weights=str(tmp_path/'w.pth')))):
+                assert fares(act, tmp_path/'w.pth', megabytes=150) is None
+        torch.save(dict(model={}, optimizer={'state': [{'exp_avg': bad}]}), tmp_path/'state.pt')
+        assert fares(lambda: load_state_file(tmp_path/'state.pt'), megabytes=100) is None and (tmp_path/'state.damaged').exists()
+    shared = torch.arange(5000.)
+    torch.save({'a': shared, 'b': shared, 'c': shared[:10].view(2, 5)}, tmp_path/'w.pth')
+    assert read_state(tmp_path/'w.pth')['b'].equal(shared), 'tied tensors are no fault'
+    inner = [torch.zeros(1)]
+    for _ in range(40): inner = [inner]*40
+    torch.save({'state_dict': {'a': torch.zeros(3)}, 'more': inner}, tmp_path/'w.pth')
+    assert fares(lambda: read_state(tmp_path/'w.pth'), seconds=5)['a'].shape == (3,), 'lists of the same lists are gone through once'
+
+def test_records_that_unpack_to_much(tmp_path):
+    with zipfile.ZipFile(tmp_path/'samples.npz', 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as z, z.open('a.npy', 'w', force_zip64=True) as f:
+        np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(5 << 30,)))
+        f.write(bytes(1 << 20))
+    head = (tmp_path/'samples.npz').read_bytes()
+    at = head.rindex(b'PK\1\2') + 24                                         # the size in the directory, which is what is believed
+    (tmp_path/'samples.npz').write_bytes(head[:at] + struct.pack('<I', 2**32 - 2) + head[at + 4:])
+    assert 'samples.npz' in refused(lambda: Run(tmp_path).samples)
+    pd.DataFrame(dict(a=np.zeros(5_000_001, np.int8))).to_parquet(tmp_path/'episodes.parquet')
+    assert (tmp_path/'episodes.parquet').stat().st_size < 1e5 and 'episodes.parquet' in refused(lambda: Run(tmp_path).episodes)
 
 # ---- archives -------------------------------------------------------------------------------------------------------------------------
 def test_a_link_leads_no_later_member_out(tmp_path):

@@ -1,5 +1,5 @@
-"The scheduler of a grid: with made-up workers, with real processes that are killed, and on two Ray nodes of which one is lost. No torch in here."
-import json, random, signal, socket, subprocess, sys, time
+"The scheduler of a grid: with made-up workers, with real processes that are killed, and on two Ray nodes: a notebook whose kernel is killed, a node that is lost. No torch in here."
+import json, os, random, shutil, signal, socket, subprocess, sys, time
 from collections import deque
 from pathlib import Path
 import pytest
@@ -177,10 +177,13 @@ def test_without_ray_a_line_says_how_to_have_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     with pytest.raises(InputError, match=r"Ray is not installed; pip install 'cdfss\[ray\]'"): RayCluster(REHEARSAL)
 
-@pytest.fixture
-def nodes(monkeypatch):
-    "A Ray cluster of two nodes, a CPU each, in this machine."
-    for name, value in dict(RAY_USAGE_STATS_ENABLED=0, RAY_worker_register_timeout_seconds=600).items(): monkeypatch.setenv(name, str(value))       # Ray waits for ever for a worker that it gave up
+@pytest.fixture(scope='module')
+def nodes(tmp_path_factory):
+    "A Ray cluster of two nodes, a CPU each, in this machine, whose processes have `mark` in their environment."
+    with pytest.MonkeyPatch.context() as m: yield from _cluster(m, mark=str(tmp_path_factory.mktemp('mark')))
+
+def _cluster(monkeypatch, mark):
+    for name, value in dict(RAY_USAGE_STATS_ENABLED=0, RAY_worker_register_timeout_seconds=600, CDFSS_TEST_MARK=mark).items(): monkeypatch.setenv(name, str(value))       # Ray waits for ever for a worker that it gave up
     ray = pytest.importorskip('ray')
     from ray._private import node
     from ray.cluster_utils import Cluster
@@ -194,10 +197,54 @@ def nodes(monkeypatch):
     settings = dict(num_cpus=1, object_store_memory=80_000_000, include_log_monitor=False)
     cluster = Cluster(initialize_head=True, head_node_args=dict(include_dashboard=False, runtime_env_agent_port=ports[0], **settings))
     second = cluster.add_node(runtime_env_agent_port=ports[1], **settings)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level='error')
-    yield cluster, second
+    yield cluster, second, mark
     ray.shutdown()
     cluster.shutdown()
+
+def workers(mark:str) -> list[int]:
+    "Processes of the cluster that are workers of ours."
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try:
+            if (p/'cmdline').read_text().startswith('ray::_Actor') and mark.encode() in (p/'environ').read_bytes(): found.append(int(p.name))
+        except OSError: continue
+    return found
+
+def until(true, seconds:float, said):
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, said()
+        time.sleep(.1)
+    return found
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_whose_driver_is_killed_goes_on_where_it_was(nodes, miniature, tmp_path):
+    "Through papermill. The notebook's kernel, which is the driver, gets SIGKILL while the second run is in the middle: its worker ends, and the same command finishes that run alone."
+    cluster, _, mark = nodes
+    runs, book, root = tmp_path/'runs', tmp_path/'out.ipynb', Path(__file__).parent.parent
+    given = dict(methods='ssp; prototype epochs=30', engine='ray', address=cluster.address, workers=1, targets='isic', data_root=miniature, runs=runs,
+                 settings='backbone=miniature; weights=none; size=32; epochs=0; fit_episodes=16; test_episodes=6; track=none; shots=1; samples=0; device=cpu')
+    def start(): return subprocess.Popen([shutil.which('papermill', path=str(Path(sys.executable).parent)), str(root/'nbs'/'sweep.ipynb'), str(book), *(a for k, v in given.items() for a in ('-p', k, str(v)))],
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def epochs(name): return sum(len(p.read_text().splitlines()) - 1 for p in runs.glob(f'{name}-*/history.csv'))
+    def kernel(of): return next(p.name for p in Path('/proc').glob('[0-9]*') if (p/'stat').exists() and (p/'stat').read_text().rsplit(')', 1)[1].split()[1] == str(of.pid) and 'ipykernel' in (p/'cmdline').read_text())
+    first = start()
+    until(lambda: epochs('prototype') > 2 or first.poll() is not None, 200, lambda: f'{epochs("prototype")} epochs, {book.read_text()[-3000:]}')
+    assert first.poll() is None, first.stdout.read()[-2000:]
+    ended, mine = [f.parent for f in runs.glob('*/metrics.json')], workers(mark)
+    was = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in ended[0].rglob('*') if p.is_file()}
+    os.kill(int(kernel(first)), signal.SIGKILL)
+    assert 'DeadKernelError' in first.communicate(timeout=100)[0] and first.returncode != 0
+    assert len(ended) == 1 and ended[0].name.startswith('ssp') and len(was) > 5 and len(mine) == 1
+    until(lambda: not workers(mark), 60, lambda: f'workers {workers(mark)} are left')
+    assert len(list(runs.glob('*/metrics.json'))) == 1 and 2 < epochs('prototype') < 31
+    again = start()
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said[-2000:]
+    kept = json.loads(next(runs.glob('sweep-*.json')).read_text())
+    assert [(c['status'], c['starts']) for c in kept['cells']] == [('found finished', 1), ('done', 1)] and 'isic 1-shot' in book.read_text()
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in was} == was, 'what was finished is as it was'
+    assert epochs('prototype') == 31 and len(list(runs.glob('*/metrics.json'))) == 2 and not workers(mark)
 
 class Doomed(RayCluster):
     "Tells of no worker before both are ready, so that both have jobs from the start; what the node `second` is given takes so long that it is lost in the middle."
@@ -214,9 +261,9 @@ class Doomed(RayCluster):
     def give(self, slot, value): super().give(slot, value | (dict(seconds=300.) if self.second.startswith(self.places.get(slot, '-')) else {}))
 
 def test_a_lost_node_loses_nothing_that_was_finished(nodes, tmp_path):
-    cluster, second = nodes
+    cluster, second, mark = nodes
     grid, lost = [Cell(dict(n=n, mark=str(tmp_path/str(n)), seconds=.2)) for n in range(6)], []
-    engine = Doomed(REHEARSAL)
+    engine = Doomed(REHEARSAL, cluster.address)
     engine.second = second.node_id
     assert engine.slots() == 2
     def change(c):

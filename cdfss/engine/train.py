@@ -30,7 +30,7 @@ from .metrics import METRICS, bootstrap, bootstrap_mean
 from .protocols import PROTOCOLS
 from .runs import Run, environment, run_hash
 from ..methods.seams import MODULES, Recipe, build, discover, method_options, parse_recipe, still_known, used_options
-from ..models.backbones import BackboneOptions, create_backbone, image_size, read_state, resolve_backbone
+from ..models.backbones import MOST, BackboneOptions, create_backbone, image_size, read_state, resolve_backbone, within
 from ..models.importers import IMPORTERS, from_official
 from ..models.segmenter import BASES, Segmenter
 
@@ -44,7 +44,7 @@ class RunOptions(Options):
     data_root:str|None     = option(None, "folder that holds the data sets in their published layouts; None: the built-in miniature")
     source:str             = option('voc', "source data set")
     targets:str            = option('fss,deepglobe,isic,chest', "target data sets, comma separated")
-    size:int|None          = option(None, "working resolution in pixels; left open, a ViT's is a multiple of its patch, and on real data at least what it was trained at", low=32)
+    size:int|None          = option(None, "working resolution in pixels; left open, a ViT's is a multiple of its patch, and on real data at least what it was trained at", low=32, high=MOST)
     on_error:str           = option('stop', "a faulty file: stop, or skip and report", choices=('stop', 'skip'))
     min_area:int|None      = option(None, "least area of a class in a source image, native pixels; SSP's and BAM's rule: 2048 (None: 1; the -dropped protocols: 2048 on real data)", low=1)
     shots:str              = option('1,5', "shots of the final evaluation, comma separated")
@@ -511,7 +511,7 @@ def load_segmenter(run:Run|str|Path, recipe:str|None=None, epoch:int|None=None) 
     d, path = described(run), run.path/('weights.safetensors' if epoch is None else f'epochs/{epoch}.safetensors')
     if epoch is not None and not path.exists(): raise InputError(f"epoch={epoch}: {run.path} keeps the weights of epochs {epochs_kept(run) or 'none'}; train with keep_epochs=True")
     old, new = parse_recipe(d['recipe']), parse_recipe(recipe or d['recipe'])
-    segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), still_known(old, d['options']))
+    with within(path): segmenter = build(new, create_backbone(BackboneOptions.make(d['backbone'])), still_known(old, d['options']))
     run.record(path.relative_to(run.path).as_posix())
     try: state = load_file(path)
     except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); run the same command again to make it anew") from None

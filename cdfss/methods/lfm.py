@@ -69,7 +69,7 @@ class FeatureFilter(Module):
 @dataclass(frozen=True)
 class APMOptions(Options):
     "The choices of the amplitude-phase mask."
-    grid:int       = option(13, "frequencies of the mask a side (paper: 13, the deepest map at 400 pixels)", low=2)
+    grid:int       = option(13, "frequencies of the mask a side (paper: 13, the deepest map at 400 pixels)", low=2, high=512)
     where:str      = option('last', "the stage whose features are masked: its name, or last (paper)")
     strength:float = option(1.0, "0 keeps the features, 1 masks them (R)", low=0, high=1)
     reference:bool = option(False, "as in the published code: gain 0.73 at the start, the whole plane; its grid must be the map's size")
@@ -101,7 +101,7 @@ class APMM(APMS):
 @dataclass(frozen=True)
 class ACPAOptions(Options):
     "The choices of the channel attention by phase."
-    hidden:int     = option(8, "hidden width (the published code: 8, its `reduction`)", low=1)
+    hidden:int     = option(8, "hidden width (the published code: 8, its `reduction`)", low=1, high=4096)
     where:str      = option('last', "the stage whose channels are weighed: its name, or last (paper)")
     strength:float = option(1.0, "0 keeps the features, 1 weighs them (R)", low=0, high=1)
     reference:bool = option(False, "as in the published code: signed mean phase, random last layer, weights about 0.5 at the start")

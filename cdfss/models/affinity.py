@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from ..basics import InputError, Options, option
-from .backbones import Backbone, BackboneOptions, create_backbone
+from .backbones import Backbone, BackboneOptions, create_backbone, within
 from .prototype import cosine, resize_mask
 from .segmenter import Match, Segmenter, cross_entropy
 from .ssp import SSP, SSPOptions
@@ -112,8 +112,8 @@ class Attention:
 @dataclass(frozen=True)
 class AffinityOptions(Options):
     "What both affinity learners can be given."
-    base:int           = option(0, "classes of the base learner, background included (PASCAL-5i: 16, COCO-20i: 61); 0: without, for want of a PSPNet trained on them", low=0)
-    shots:int          = option(1, "shots whose Gram distances a small net weighs (published 5-shot models: 5); 1: their mean", low=1)
+    base:int           = option(0, "classes of the base learner, background included (PASCAL-5i: 16, COCO-20i: 61); 0: without, for want of a PSPNet trained on them", low=0, high=10_000)
+    shots:int          = option(1, "shots whose Gram distances a small net weighs (published 5-shot models: 5); 1: their mean", low=1, high=1000)
     predictor:str|None = option(None, "prototype predictor of modules at attend: a run folder of ssp, or its official checkpoint (None: SSP on the backbone's own middle stage)")
 
 class Affinity(Segmenter):
@@ -229,7 +229,7 @@ def read_predictor(path:str) -> SSP:
         except (OSError, ValueError, RecursionError): raise InputError(f"predictor={path}: no weights.json in it; give the folder of a finished run of ssp, or the file of its official checkpoint") from None
         if not isinstance(d, dict) or not isinstance(d.get('backbone'), dict): raise InputError(f"predictor={path}: its weights.json does not describe weights")
         if d.get('recipe') != 'ssp': raise InputError(f"predictor={path}: it is a run of {d.get('recipe')}; give one of ssp")
-        found = SSP(create_backbone(BackboneOptions.make(d['backbone'] | dict(weights='none'))))
+        with within(path/'weights.safetensors'): found = SSP(create_backbone(BackboneOptions.make(d['backbone'] | dict(weights='none'))))
         try: found.load_state_dict(load_file(path/'weights.safetensors'))
         except Exception as e: raise InputError(f"predictor={path}: its weights.safetensors cannot be used ({type(e).__name__})") from None
     else:

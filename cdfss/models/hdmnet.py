@@ -170,7 +170,7 @@ def largest_cosine(query:Float[Tensor, "b c hq wq"], support:Float[Tensor, "b k 
 @dataclass(frozen=True)
 class HDMNetOptions(AffinityOptions):
     "HDMNet's numbers."
-    dim:int = option(64, "channels of the pyramid, a multiple of 8", low=8)
+    dim:int = option(64, "channels of the pyramid, a multiple of 8", low=8, high=4096)
 
 @BASES.register('hdmnet')
 class HDMNet(Affinity):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..basics import InputError, Registry
-from .backbones import Backbone, BackboneOptions, create_backbone, read_state
+from .backbones import Backbone, BackboneOptions, create_backbone, read_state, within
 from .hdmnet import HDMNet, HDMNetOptions
 from .hsnet import HSNet
 from .patnet import PATNet
@@ -119,7 +119,7 @@ def from_official(name:str, state_dict:dict[str, Tensor]) -> Segmenter:
     raise next((e for e in refused if 'unknown tensor' not in str(e)), refused[0])                   # of the base that the file is of
 
 def _imported(name:str, state:dict[str, Tensor]) -> Segmenter:
-    segmenter, rules = IMPORTERS[name](state)
+    with within(f'official {name} checkpoint', sum(v.numel()*v.element_size() for v in state.values())): segmenter, rules = IMPORTERS[name](state)
     own, renamed = segmenter.state_dict(), {}
     for key, value in state.items():
         new = key

@@ -113,9 +113,9 @@ class ASPP(nn.Module):
 @dataclass(frozen=True)
 class SCCANOptions(AffinityOptions):
     "SCCAN's numbers; the defaults are the paper's code's."
-    blocks:int    = option(8, "attention blocks", low=1)
-    window:int    = option(8, "side of a window, in cells", low=2)
-    grid:int|None = option(None, "cells a side that both images are brought to, a multiple of the window (None: the feature map's, rounded up; the paper's 64 at 473 px)", low=8)
+    blocks:int    = option(8, "attention blocks", low=1, high=64)
+    window:int    = option(8, "side of a window, in cells", low=2, high=256)
+    grid:int|None = option(None, "cells a side that both images are brought to, a multiple of the window (None: the feature map's, rounded up; the paper's 64 at 473 px)", low=8, high=1024)
 
 @BASES.register('sccan')
 class SCCAN(Affinity):

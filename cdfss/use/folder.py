@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from ..basics import InputError, Options, option
+from ..models.backbones import MOST
 from .pictures import pairs_in, pictures_in
 from .results import Result, save_coco
 from .segment import FewShot, load
@@ -27,7 +28,7 @@ class FolderOptions(Options):
     backbone:str|None   = option(None, "as in train.ipynb: resnet50, dinov2, ... (None: the miniature's, whose weights come with the package)")
     weights:str|None    = option(None, "hub, none, or a file (None: the backbone's usual)")
     checkpoint:str|None = option(None, "a run folder, or the file of an official checkpoint of the recipe's base")
-    size:int|None       = option(None, "working resolution in pixels (None: the run's; the miniature's backbone 192, others 400)", low=32)
+    size:int|None       = option(None, "working resolution in pixels (None: the run's; the miniature's backbone 192, others 400)", low=32, high=MOST)
     tile:int|None       = option(None, "cut pictures into windows of so many pixels (None: do not)", low=16)
     device:str          = option('auto', "auto, cpu, cuda")
     min_area:int        = option(1, "parts of fewer pixels are left out of the COCO file", low=1)

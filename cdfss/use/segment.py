@@ -24,10 +24,10 @@ from ..data.layouts import VOID
 from ..engine.adapt import AdaptOptions, adapting, tensors_hash, tune, tune_together, with_parameters
 from ..engine.fit import autocast
 from ..engine.runs import Run
-from ..engine.train import ADAPT, TrainSettings, part, resolve, segmenter_of, standing
+from ..engine.train import ADAPT, TrainSettings, described, part, resolve, segmenter_of, standing
 from ..episode import Episode, Prediction
 from ..methods.seams import ALIASES, build, discover, method_options, parse_recipe, still_known
-from ..models.backbones import BackboneOptions, create_backbone
+from ..models.backbones import MOST, BackboneOptions, create_backbone, within
 from ..models.segmenter import BASES, Match, Segmenter
 from .pictures import UNKNOWN, Picture, cut_out, read_boxes, read_labels, read_picture
 from .results import Result
@@ -50,7 +50,7 @@ def blend(height:int, width:int) -> Float[Tensor, "h w"]:
 @dataclass(frozen=True)
 class SegmentOptions(Options):
     "How pictures are looked at."
-    size:int|None  = option(None, "working resolution in pixels (None: that of the run; the miniature's backbone 192, others 400)", low=32)
+    size:int|None  = option(None, "working resolution in pixels (None: that of the run; the miniature's backbone 192, others 400)", low=32, high=MOST)
     tile:int|None  = option(None, "cut pictures into windows of so many pixels (None: do not)", low=16)
     overlap:float  = option(0.25, "share of its side that a window has in common with the next", low=0, high=.9)
     device:str     = option('auto', "auto, cpu, cuda")
@@ -262,20 +262,24 @@ class FewShot:
         if meta.get('format') != FORMAT: raise InputError(f"{path}: not a file that FewShot.save wrote{'; a run is loaded by its folder, weights by weights=' if 'about' not in meta else ' in this version'}")
         if meta.get('sha256') not in (None, tensors_hash(tensors)): raise InputError(f"{path}: damaged, its tensors are not those that FewShot.save wrote; fit and save again")
         device = _device(device)
-        try: return cls._from(meta, tensors, device)
+        try: return cls._from(path, meta, tensors, device)
         except InputError: raise
         except Exception as e: raise InputError(f"{path}: cannot be used ({type(e).__name__}: {shortened(e)}); expected a file that FewShot.save wrote") from None
 
     @classmethod
-    def _from(cls, meta:dict[str, str], tensors:dict[str, Tensor], device:str) -> 'FewShot':
+    def _from(cls, path:Path, meta:dict[str, str], tensors:dict[str, Tensor], device:str) -> 'FewShot':
         about = json.loads(meta['about'])
-        segmenter = build(about['recipe'], create_backbone(BackboneOptions.make(about['backbone'] | dict(weights='none'))), still_known(about['recipe'], about['values']))
+        with within(path): segmenter = build(about['recipe'], create_backbone(BackboneOptions.make(about['backbone'] | dict(weights='none'))), still_known(about['recipe'], about['values']))
         under = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         segmenter.load_state_dict(under('segmenter.'))
         segmenter.backbone.quicken()
         out = cls(segmenter.to(device, memory_format=torch.channels_last), about['recipe'], about['values'], SegmentOptions(**{**about['options'], 'device': device}), AdaptOptions(**about['adapt']))
         of = lambda kind, names: {n: v.to(device) for found in [under(f'{kind}.')] for n in names if (v := found.get(n)) is not None}            # in their order: some look at the last
         out.labels, out.stages, out.made, out.maps = tensors['labels'].to(device), of('stages', out._needed), of('made', out._needed), of('maps', about['maps'])
+        at, each = [at for _, _, at in about['tasks']], sum(v[0].numel()*v.element_size() for v in (out.labels, *out.stages.values(), *out.made.values(), *out.maps.values()))
+        if len({number for number, _, _ in about['tasks']}) < len(at) or any(len({*a}) < len(a) for a in at): raise ValueError('a class, or a support of one, twice')
+        if not all(type(number) is int and 0 < number < 256 for number, _, _ in about['tasks']): raise ValueError('classes have numbers from 1 to 255')
+        if each*sum(map(len, at)) > within(path).most: raise ValueError('its classes take far more memory than the file')
         out.tasks = [Task(number, name, at, {n: v.to(device) for n, v in under(f'tuned.{number}.').items()} or None) for number, name, at in about['tasks']]
         out.untuned = {n: v.to(device) for n, v in under('untuned.').items()}
         out._gather(out.tasks)
@@ -309,13 +313,13 @@ def load(recipe:str|Path='lcm', *, backbone:str|None=None, weights:str|None=None
     own = SegmentOptions(size=size, tile=tile, overlap=overlap, device=_device(device), precision=precision)
     if Path(recipe).is_dir():
         if checkpoint is not None: raise InputError(f"checkpoint={checkpoint}: {recipe} is a run folder and has its own weights; give one of them")
-        checkpoint, recipe = recipe, Run(recipe).json('weights')['recipe']
+        checkpoint, recipe = recipe, described(Run(recipe))['recipe']
     recipe, run = str(parse_recipe(str(recipe))), {}
     if checkpoint is not None:
         for name, value in (('backbone', backbone), ('weights', weights)):
             if value is not None: raise InputError(f"{name}={value}: the checkpoint decides it; leave it out")
         if Path(checkpoint).is_dir():
-            run = Run(checkpoint).json('weights')
+            run = described(Run(checkpoint))
             options = {k: v for k, v in still_known(run['recipe'], run['options']).items() if k in method_options()} | options
     known = {*method_options(), *ADAPT, *(f.name for f in dataclasses.fields(BackboneOptions))} - {'backbone', 'weights'}
     for k in options:
