@@ -1,5 +1,5 @@
 "The real study on made-up pictures in the published layouts: data known file by file, a plan that can be stopped, and numbers that are what the records say. Tests marked `real` read the real pictures."
-import dataclasses
+import dataclasses, json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from cdfss.basics import InputError, write_json
@@ -9,6 +9,7 @@ from cdfss.data.manifests import draw
 from cdfss.data.subsets import check_subset, make_subset, manifest_hash, read_subset, subset_manifests, subset_names
 from cdfss.report import real
 from cdfss.report.real import NEAR, SOURCE, TARGETS, Job, Progress, RealOptions, change, claims_text, plan, report, score_table, work
+from cdfss.report.page import SECTIONS
 from fakes import blob, picture, voc
 
 ROOT = Path(__file__).parent.parent
@@ -83,12 +84,29 @@ def test_the_plan(data, tmp_path):
     for change_, said in ((dict(parts='core,nothing'), 'unknown part'), (dict(data=None), 'no such folder'), (dict(setting='reduced'), r'resnet18_in1k.*no such file'), (dict(seeds='x'), 'whole numbers')):
         with pytest.raises(InputError, match=said): plan(dataclasses.replace(o, **change_))
 
+def workers() -> list[int]:
+    "The study's workers below this process."
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try: words, state = (p/'cmdline').read_text().split('\0'), (p/'stat').read_text().rsplit(')', 1)[1].split()
+        except OSError: continue
+        if state[1] == str(os.getpid()) and state[0] != 'Z' and 'cdfss.report.real:do' in words: found.append(int(p.name))
+    return found
+
+def kill_at_work(runs:Path):
+    "Kill the worker as soon as it has begun a run."
+    end = time.monotonic() + 300
+    while time.monotonic() < end and not list(runs.glob('ssp+lcm-*')): time.sleep(.01)
+    for pid in workers(): os.kill(pid, signal.SIGKILL)
+
 @pytest.fixture(scope='module')
 def done(data, records, tmp_path_factory):
-    "SSP with LCM, and PCMT on its weights, in three calls: one that is stopped at once, one that does it, one that finds it done; with a job that fails on the way."
+    "SSP with LCM, and PCMT on its weights, in three calls: one that is stopped at once, one that does it though its worker is killed, one that finds it done; with a job that fails on the way."
     o, said = RealOptions(data=str(data), setting='smoke', seeds='0', runs=str(tmp_path_factory.mktemp('runs')), workers=1), [[], [], [], []]
     jobs = [j for j in plan(o) if j.name in ('ssp+lcm, seed 0', 'ssp+pcmt, seed 0')]
     work(jobs, dataclasses.replace(o, minutes=1e-9), said[0].append)
+    killer = threading.Thread(target=kill_at_work, args=(Path(o.runs),), daemon=True)
+    killer.start()
     work(jobs, o, said[1].append)
     work(jobs, o, said[2].append)
     broken = Job('broken, seed 0', jobs[0].settings | dict(lr=-1.))
@@ -98,7 +116,8 @@ def done(data, records, tmp_path_factory):
 def test_a_study_is_stopped_and_goes_on_and_is_not_done_twice(done):
     o, said, _ = done
     assert said[0] == ['2 of 2 jobs are left after 1e-09 minutes: run the same command again']
-    assert [l.split('  ')[:2] for l in said[1]] == [['1/2', 'ssp+lcm, seed 0'], ['2/2', 'ssp+pcmt, seed 0']]
+    assert said[1].pop(0) == 'ssp+lcm, seed 0  its process was ended by SIGKILL (by hand, or for want of memory); start 2 of 3 follows'
+    assert [l.split('  ')[:2] for l in said[1]] == [['1/2', 'ssp+lcm, seed 0'], ['2/2', 'ssp+pcmt, seed 0']] and not workers()
     assert said[2] == ['2 of 2 jobs were done before']
     first, second = (Progress(o).done[n] for n in ('ssp+lcm, seed 0', 'ssp+pcmt, seed 0'))
     assert first['seconds'] > 0 and second['run'].startswith('ssp+pcmt-')
@@ -106,6 +125,32 @@ def test_a_study_is_stopped_and_goes_on_and_is_not_done_twice(done):
 def test_a_job_that_fails_takes_only_what_needs_it_along(done):
     o, said, error = done
     assert '\n' not in error and set(Progress(o).done) == {'ssp+lcm, seed 0', 'ssp+pcmt, seed 0'}
+    assert said[3][0] == '2 of 4 jobs were done before' and said[3][1].startswith('3/4  broken, seed 0  ') and '  FAILED: lr' in said[3][1] and said[3][2] == "4/4  after it, seed 0  0 s  FAILED: 'broken, seed 0' failed"
+
+def test_what_a_job_takes_from_the_one_before_it(done):
+    o, job = done[0], plan(done[0])[0]
+    weights = Progress(o).run(job).path
+    score, look = Job('score, seed 0', dict(method='lcm', epochs=0), job.name), Job('look at it, seed 0', after=job.name, look=dict(sharpness=dict(kinds=('feature',), episodes=4)), recipe='ssp')
+    grid = real.cells_of([look, score, job], Progress(o))
+    assert [c.status for c in grid.values()] == ['waiting', 'waiting', 'done'] and all(c.ready for c in grid.values())
+    assert grid[score.name].given() == dict(settings=score.settings | dict(checkpoint=str(weights))) and 'checkpoint' not in score.settings
+    assert grid[look.name].given() == dict(look=look.look, recipe='ssp', run=str(weights))
+    assert not real.cells_of([job, score], Progress(dataclasses.replace(o, runs='nowhere')))[score.name].ready
+    with pytest.raises(InputError, match="score, seed 0: takes the weights of 'ssp[+]lcm, seed 0', which is not in the plan"): work([score], o)
+    with pytest.raises(InputError, match='address=auto: only engine=ray'): work([job], dataclasses.replace(o, address='auto'))
+
+def test_a_look_is_asked_as_the_plan_says_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(real, 'diagnose', lambda run, name, recipe, **options: asked.append((run.path.name, name, recipe, options)))
+    job = Job('look', look=dict(sharpness=dict(episodes=4, kinds=('feature',), strengths=(.5, 1.)), cka=dict(episodes=4)))
+    assert real.do(json.loads(json.dumps(dict(run='runs/a-1', look=job.look, recipe='')))) == 'runs/a-1'
+    assert asked == [('a-1', 'sharpness', None, job.look['sharpness']), ('a-1', 'cka', None, job.look['cka'])]
+
+def test_a_list_of_finished_jobs_stays_valid(tmp_path):
+    "What was asked of a job is known by a hash that every finished study has kept."
+    job = Job('ssp+pcmt, seed 0', dict(method='ssp+pcmt', seed=0, epochs=0, lr=1e-4, data_root='here', runs='there', weights='w', device='cpu'), 'ssp+lcm, seed 0')
+    look = Job('look at ssp, seed 0', after='ssp+lcm, seed 0', recipe='ssp', look=dict(sharpness=dict(episodes=12, kinds=('feature',), strengths=(.5, 1.))))
+    assert [Progress.asked(j) for j in (job, look)] == ['06cd2811e9', 'e49656199e'] and Progress.asked(dataclasses.replace(job, settings=job.settings | dict(data_root='x', device='cuda'))) == Progress.asked(job)
 
 def test_tables_and_verdicts_from_the_records(done, tmp_path, records):
     o, said = done[0], []
@@ -161,3 +206,26 @@ def test_the_shipped_records_list_no_pictures_twice_and_their_hashes_hold(shippe
     for name in TARGETS:
         s = read_subset(name)
         assert len(s.episodes) == 200 and {k: manifest_hash(name, 200, int(k)) for k in s.manifests} == s.manifests
+
+# ---- as a user runs it ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_both_notebooks_to_their_end(data, records, tmp_path):
+    "On made-up pictures, with their records in a copy of the package."
+    shutil.copytree(ROOT/'cdfss', tmp_path/'code'/'cdfss', ignore=shutil.ignore_patterns('__pycache__'))
+    for f in records.iterdir(): shutil.copy(f, tmp_path/'code'/'cdfss'/'assets')
+    papermill = shutil.which('papermill', path=str(Path(sys.executable).parent))
+    def execute(name, **given):
+        r = subprocess.run([papermill, str(ROOT/'nbs'/f'{name}.ipynb'), f'{name}.ipynb', *(a for k, v in given.items() for a in ('-p', k, str(v)))], cwd=tmp_path, capture_output=True, text=True, timeout=1200,
+                           env=os.environ | dict(PYTHONPATH=str(tmp_path/'code')))
+        assert r.returncode == 0, r.stderr[-3000:]
+        outputs = [o for c in json.loads((tmp_path/f'{name}.ipynb').read_text())['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+        assert {o['output_type'] for o in outputs} <= {'stream'} and not [o for o in outputs if o.get('name') == 'stderr'], 'a user sees lines of text, and no warnings'
+        return ''.join(''.join(o['text']) for o in outputs)
+    said = execute('real', data=data, setting='smoke', seeds=0, parts='core', workers=1, runs='runs')
+    assert 'cracks: subset: 7 images, 1 class, all files as listed\n1/8  ssp+lcm, seed 0  ' in said and said.count('\n') == 6 + 8, said
+    (tmp_path/'figures').mkdir()
+    (tmp_path/'figures'/'README.md.in').write_text(''.join(f'## {h}\n\n' for h in SECTIONS) + 'PCMT: {change: ssp+pcmt, far, 1}.\n')
+    told = execute('claims', runs='runs', setting='smoke', figures='figures', miniature=ROOT/'figures')
+    assert 'LoEC: LCM gains (+2.57)\n    miniature  ' in told and '0 holds, 0 does not hold' in told.splitlines()[-1]
+    assert '(one seed).' in (tmp_path/'figures'/'README.md').read_text() and len(pd.read_csv(tmp_path/'figures'/'results.csv')) > 20
