@@ -8,6 +8,7 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
+from cdfss.__main__ import given as given_in
 from cdfss.basics import InputError
 from cdfss.data import archives, prepare
 from cdfss.data.doctor import look
@@ -115,6 +116,11 @@ def test_settings_are_resolved_or_refused(name, value): fares(lambda: resolve(Tr
 def test_recipes_and_lists(text):
     fares(lambda: parse_recipe(text))
     fares(lambda: numbers(text, 'shots'), 'shots')
+
+@fuzzed(name=st.sampled_from(NAMES), text=TEXT)
+def test_words_of_a_command(name, text):
+    made = fares(lambda: given_in([f'{name}={text}'], TrainSettings), name)
+    assert made is None or isinstance(made, TrainSettings)
 
 # ---- pictures ---------------------------------------------------------------------------------------------------------------------------
 def bytes_of(im:Image.Image, kind:str, **how) -> bytes:

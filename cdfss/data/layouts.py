@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Iterable
 from PIL import Image
-from ..basics import InputError, Registry, file_hash, shortened, unknown
+from ..basics import InputError, Registry, cores, file_hash, shortened, unknown
 
 # %% ../../nbs/data/01_layouts.ipynb #e87dbf7f
-THREADS = min(16, 2 * (os.cpu_count() or 1))            # for reading many small files: waiting dominates
+THREADS = min(16, 2 * cores())            # for reading many small files: waiting dominates
 VOID = 255
 
 @dataclass(frozen=True)
