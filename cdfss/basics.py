@@ -60,7 +60,7 @@ def check_option(field:dataclasses.Field, value, prefix:str='') -> Any:
     name, m = prefix + field.name, field.metadata
     takes_text = field.type is str or (isinstance(field.type, types.UnionType) and str in typing.get_args(field.type))
     if takes_text and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63: value = str(value)
-    if field.type is bool and value in ('true', 'false'): value = value == 'true'
+    if (field.type is bool or bool in typing.get_args(field.type)) and value in ('true', 'false'): value = value == 'true'
     if isinstance(value, str) and '\0' in value: raise InputError(f"{name}={shortened(repr(value))}: a null character, expected text without")
     if isinstance(value, int) and abs(value) >= 2**63: raise InputError(f"{name}: a number of {value.bit_length()} bits, expected one of at most 63")
     if not _accepts(value, field.type):

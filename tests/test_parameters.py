@@ -82,7 +82,7 @@ def test_numbers_where_words_are_expected_and_the_reverse():
 def test_every_default_is_read_back_from_text(kind):
     for f in dataclasses.fields(kind): assert from_text(f, str(f.default)) == f.default, f.name
 
-@pytest.mark.parametrize('name,text,value', [('epochs', '3', 3), ('epochs', 'None', None), ('lr', '1e-3', .001), ('lr', '2', 2.), ('shots', '5', '5'), ('shots', '1,5', '1,5'), ('compare', 'FALSE', False), ('nest', 'True', True), ('nest', 'None', None),
+@pytest.mark.parametrize('name,text,value', [('epochs', '3', 3), ('epochs', 'None', None), ('lr', '1e-3', .001), ('lr', '2', 2.), ('shots', '5', '5'), ('shots', '1,5', '1,5'), ('compare', 'FALSE', False), ('nest', 'True', True), ('nest', 'false', False), ('nest', 'None', None),
                                              ('method', 'None', 'None'), ('data_root', 'None', None), ('data_root', '007', '007'), ('fold', '0', 0)])
 def test_text_becomes_what_its_parameter_means(name, text, value):
     "Of the command and of a sweep alike."
