@@ -15,7 +15,7 @@ export UV_NATIVE_TLS   := 1
 # waiting threads that spin slow each other down many times over when other work shares the cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train test browser study figures real-study real-figures own-images export clean-notebooks lock wheel campaign fuzz check-setup
+.PHONY: setup train test browser study figures real-study real-figures own-images export clean-notebooks lock wheel campaign fuzz fuzz-deep check-setup
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.11 ...")'
@@ -81,6 +81,10 @@ campaign: setup
 # the readers, the guard of parameters and the loaders on random and damaged input: ARGS is the number of examples a test
 fuzz: setup
 	CDFSS_FUZZ=$(or $(ARGS),500) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py
+
+# the readers of bytes, coverage-guided; needs atheris (pip install atheris), which is no part of the set-up: ARGS="--seconds 300 torch mask"
+fuzz-deep: setup
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_atheris.py $(ARGS)
 
 # README's two commands in a fresh clone and an empty environment, and what they print; ARGS="--only train" for the first
 check-setup:

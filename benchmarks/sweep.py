@@ -1,15 +1,18 @@
 """What the scheduler of a sweep costs: the same runs by `cdfss.report.sweeps.sweep` and in plain loops, side by side in one run.
 
 The plain way is as many processes as the sweep has workers, each a loop of `train` over its part of the list, with nothing between: no queue, no record, no
-table, no news. Both sides import once a worker and start with empty run folders. They are run in small batches in turn, so that whatever else the machine
-does falls on both. Wall-clock time is that of the user; the processor's time of all processes, driver and workers, is not stretched by other work.
+table, no news. Both sides import once a worker and round, and start with empty run folders. They are run in small rounds in turn, so that whatever else the machine does falls on both,
+and the overhead of each round is a measurement of its own, of which mean and 95 % t-interval are printed. Wall-clock time is that of the user; the processor's time of all processes, driver and
+workers, is not stretched by other work. What the imports take (measured too, with workers that have nothing to do) is not counted among the runs that the overhead is compared with: 100 runs
+in one sweep import no more often than ten.
 
     python benchmarks/sweep.py                          100 runs of the miniature, each of about a second
-    python benchmarks/sweep.py --runs 20 --workers 1 --epochs 1
+    python benchmarks/sweep.py --runs 40 --rounds 4 --workers 1
 """
 import argparse, json, os, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 from cdfss.engine.grid import shares
+from cdfss.engine.metrics import seed_interval
 from cdfss.report.sweeps import SweepOptions, planned, sweep
 
 PLAIN = '''
@@ -20,7 +23,7 @@ for s in json.loads(sys.argv[1]): train(TrainSettings.make(s), say=lambda line: 
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--runs', type=int, default=100); p.add_argument('--workers', type=int, default=2); p.add_argument('--rounds', type=int, default=2)
+    p.add_argument('--runs', type=int, default=100); p.add_argument('--workers', type=int, default=2); p.add_argument('--rounds', type=int, default=10)
     p.add_argument('--epochs', type=int, default=0); p.add_argument('--fit-episodes', type=int, default=32)
     return p.parse_args()
 
@@ -32,7 +35,7 @@ def timed(f) -> tuple[float, float]:
     return time.perf_counter() - clock, used() - cpu
 
 def plain(grid, workers):
-    each = shares(len(grid), workers)
+    each = shares(len(grid) or workers, workers)
     loops = [subprocess.Popen([sys.executable, '-c', PLAIN, json.dumps(grid[k::len(each)])], env={**os.environ, **e}) for k, e in enumerate(each)]
     if any(p.wait() for p in loops): raise SystemExit('a plain loop failed')
 
@@ -47,18 +50,20 @@ def main():
         parts = [list(range(k*a.runs//a.rounds, (k + 1)*a.runs//a.rounds)) for k in range(a.rounds)]
         grids = [planned(options(p, f'{d}/plain')) for p in parts]
         plain([{**grids[0][0], 'runs': f'{d}/warm'}], 1)                                     # the data are drawn and decoded
-        sides = dict(plain=lambda k: plain(grids[k], a.workers), sweep=lambda k: swept(parts[k]))
-        total = {n: [0., 0.] for n in sides}
+        sides = dict(imports=lambda k: plain([], a.workers), plain=lambda k: plain(grids[k], a.workers), sweep=lambda k: swept(parts[k]))
+        rounds = []
         for k in range(a.rounds):
-            for name in (list(sides) if k % 2 == 0 else list(sides)[::-1]):
-                wall, cpu = timed(lambda: sides[name](k))
-                total[name][0] += wall
-                total[name][1] += cpu
-                print(f'round {k + 1}  {name:5}  {len(parts[k])} runs  {wall:7.1f} s  processor {cpu:7.1f} s', flush=True)
+            took = {name: timed(lambda: sides[name](k)) for name in (list(sides) if k % 2 == 0 else list(sides)[::-1])}
+            rounds.append(took)
+            print(f'round {k + 1}  {len(parts[k])} runs  ' + '  '.join(f'{n} {took[n][0]:6.1f} s, processor {took[n][1]:6.1f} s' for n in sides) + f'  load {os.getloadavg()[0]:.1f}', flush=True)
         runs = {n: {p.name for p in Path(d, folder).iterdir() if (p/'metrics.json').exists()} for n, folder in (('plain', 'plain'), ('sweep', 'swept'))}
         assert runs['plain'] == runs['sweep'] and len(runs['sweep']) == a.runs, 'not the same runs'
         assert all(Path(d, 'plain', r, 'metrics.json').read_bytes() == Path(d, 'swept', r, 'metrics.json').read_bytes() for r in runs['sweep']), 'not the same numbers'
-        (pw, pc), (sw, sc) = total['plain'], total['sweep']
-        print(f"{a.runs} runs, {a.workers} workers: sweep/plain {sw/pw:.3f} by the clock ({(sw - pw)/a.runs*1e3:+.0f} ms a run), {sc/pc:.3f} of processor time ({(sc - pc)/a.runs*1e3:+.0f} ms a run); the same numbers on both sides")
+        print(f'{a.runs} runs, {a.workers} worker{"s" if a.workers > 1 else ""}, the same numbers on both sides')
+        for which, name in enumerate(('by the clock', 'of processor time')):
+            more = [r['sweep'][which] - r['plain'][which] for r in rounds]
+            share = [100*m/(r['plain'][which] - r['imports'][which]) for m, r in zip(more, rounds)]
+            mean, low, high = seed_interval(share)
+            print(f"overhead {name}: {mean:+.1f} % (95 % interval {low:+.1f} to {high:+.1f}, {a.rounds} rounds), {1e3*sum(more)/a.runs:+.0f} ms a run of {1e3*sum(r['plain'][which] - r['imports'][which] for r in rounds)/a.runs:.0f} ms")
 
 if __name__ == '__main__': main()

@@ -1,6 +1,7 @@
 """Whatever a shell, a data set or a checkpoint brings: an answer, or one line that names the file or parameter; never a traceback, a hang or memory without bound.
 
-A short, fixed run by default; `CDFSS_FUZZ=2000 pytest tests/test_fuzz.py` tries so many random examples a test (`make fuzz ARGS=2000`)."""
+A short, fixed run by default; `CDFSS_FUZZ=2000 pytest tests/test_fuzz.py` tries so many random examples a test (`make fuzz ARGS=2000`). Hypothesis knows the shape of what is damaged (settings, JSON,
+chunks of a PNG); `make fuzz-deep` (fuzz_atheris.py, by hand) follows the readers of bytes line by line instead, where branches hide behind single bytes that damage at random does not hit."""
 import base64, hashlib, io, json, os, resource, signal, struct, warnings, zipfile, zlib
 from pathlib import Path
 import numpy as np
@@ -8,6 +9,7 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save
+from cdfss.__main__ import given as given_in
 from cdfss.basics import InputError
 from cdfss.data import archives, prepare
 from cdfss.data.doctor import look
@@ -111,10 +113,20 @@ def test_the_guard_of_a_notebook(values, more): fares(lambda: read_parameters(Tr
 @fuzzed(name=st.sampled_from(['method', 'targets', 'source', 'shots', 'track', 'manifest', 'backbone', 'weights', 'checkpoint', 'device', 'freeze', 'last_stage', 'data_root', 'size', 'fold']), value=st.one_of(TEXT, st.integers()))
 def test_settings_are_resolved_or_refused(name, value): fares(lambda: resolve(TrainSettings.make({name: value})))
 
+@pytest.mark.parametrize('name', ['manifest', 'weights', 'checkpoint', 'data_root', 'targets'])
+def test_names_that_no_file_system_takes(name):
+    for value in ('a'*300, 'a'*100_000, 'a/'*3000):
+        with pytest.raises(InputError): fares(lambda: resolve(TrainSettings.make({name: value}))) or resolve(TrainSettings.make({name: value}))
+
 @fuzzed(text=TEXT)
 def test_recipes_and_lists(text):
     fares(lambda: parse_recipe(text))
     fares(lambda: numbers(text, 'shots'), 'shots')
+
+@fuzzed(name=st.sampled_from(NAMES), text=TEXT)
+def test_words_of_a_command(name, text):
+    made = fares(lambda: given_in([f'{name}={text}'], TrainSettings), name)
+    assert made is None or isinstance(made, TrainSettings)
 
 # ---- pictures ---------------------------------------------------------------------------------------------------------------------------
 def bytes_of(im:Image.Image, kind:str, **how) -> bytes:
@@ -191,7 +203,7 @@ def test_a_georeferenced_picture_that_says_it_is_huge(place):
 
 # ---- lists, annotations, boxes ----------------------------------------------------------------------------------------------------------
 @fuzzed(which=st.sampled_from(['splits/pascal/trn/fold0.txt', 'VOC2012/classes.txt', 'VOC2012/ImageSets/Segmentation/trainaug.txt', 'ISIC/class_id.csv', 'splits/fss/test.txt']), content=st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda t: t.encode('utf-8', 'surrogatepass')),
-        st.sampled_from([b'a__01\n/etc/passwd__02', b'../../x__01', b'a__99', b'__', b'ID,Class\na', b'ID,Class\n\0,b', b'\xff\xfe', b'..\n.', b'/', b'ID\n1', b'ID,Class\n' + b'a'*200_000 + b',b'])))
+        st.sampled_from([b'a__01\n/etc/passwd__02', b'../../x__01', b'a__99', b'__', b'ID,Class\na', b'a'*252, b'x\n' + b'a'*5000, b'ID,Class\n\0,b', b'\xff\xfe', b'..\n.', b'/', b'ID\n1', b'ID,Class\n' + b'a'*200_000 + b',b'])))
 def test_lists_of_a_data_set(tmp_path_factory, which, content):
     root = voc(tmp_path_factory.mktemp('lists'), {'a': [1], 'b': [2], 'c': [1]})
     for n in range(4): touch(root, f'splits/pascal/trn/fold{n}.txt', text='a__01\n') if 'pascal' in which else None
@@ -260,6 +272,10 @@ def test_boxes(place, value):
     picture(place/'p'/'a.jpg')
     fares(lambda: _boxes(FolderOptions(images=str(place/'p'), boxes=str(place/'boxes.json'))), 'boxes')
     if isinstance(value, list): fares(lambda: read_boxes(value, (40, 30), 'a.jpg', {1: 'cat'}), 'a.jpg')
+
+@pytest.mark.parametrize('box', [[False, -2**63 - 1, None, None], [0, 0, 2**70, 4], [0, 0, 1e300, 4], [0, 0, float('nan'), 4], [1, 1, 4, 4, float('inf')], [1, 1, 4, 4, float('nan')], [1, 1, 4, 4, 10**30]])
+def test_boxes_of_odd_numbers(box):
+    with pytest.raises(InputError, match='a.jpg'): read_boxes(box, (40, 30), 'a.jpg')
 
 # ---- manifests ----------------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
@@ -344,6 +360,16 @@ def test_fitted_files(place, fitted, path, new, changes, which):
     else: file.write_bytes(edited(fitted, changes))
     fares(lambda: FewShot.load(file), file, 'backbone', 'recipe', 'parameter', 'method', 'module', 'base', *head['__metadata__'], *json.loads(json.loads(fitted[8:8 + n])['__metadata__']['about'])['backbone'], megabytes=2500)
 
+def test_a_fitted_file_of_impossible_options_is_named(place, fitted):
+    n = struct.unpack('<Q', fitted[:8])[0]
+    for value in (0, None, 2**63):
+        head = json.loads(fitted[8:8 + n])
+        about = json.loads(head['__metadata__']['about'])
+        about['values']['prototype_layers'] = value
+        head['__metadata__']['about'] = json.dumps(about)
+        (place/'odd.safetensors').write_bytes(struct.pack('<Q', len(text := json.dumps(head).encode())) + text + fitted[8 + n:])
+        with pytest.raises(InputError, match='odd.safetensors: .*layers'): FewShot.load(place/'odd.safetensors')
+
 def test_no_flipped_byte_of_fitted_tensors_is_believed(place, fitted):
     file, n = place/'fitted.safetensors', 8 + struct.unpack('<Q', fitted[:8])[0]
     for at in np.random.default_rng(0).integers(n, len(fitted), 5):
@@ -382,6 +408,16 @@ def test_damaged_archives(tmp_path_factory, kind, changes):
     out = fares(lambda: archives.extract(folder/kind, folder/'out'), kind)
     assert out is not None or not (folder/'out').exists()
     assert {p.name for p in folder.iterdir()} <= {kind, 'out'}
+
+def test_a_record_of_zeros_is_made_again(tmp_path):
+    "What a crash may leave of a file: its magic number or its length, and zeros, whose checksum is right."
+    store = ImageStore(open_dataset('kvasir', polyps(tmp_path/'data', 1)), 16, cache=tmp_path/'cache', workers=1)
+    store.ensure()
+    image, mask = store.image(0), store.mask(0)[0]
+    for keep in (0, 4, 8):
+        for p in (p for p in (tmp_path/'cache').rglob('*') if p.is_file()): p.write_bytes(p.read_bytes()[:keep].ljust(p.stat().st_size, b'\0'))
+        again = ImageStore(store.dataset, 16, cache=tmp_path/'cache', workers=1)
+        assert again.ensure() == [] and torch.equal(again.image(0), image) and torch.equal(again.mask(0)[0], mask)
 
 @fuzzed(changes=edits())
 def test_damaged_records_of_the_cache(tmp_path_factory, changes):

@@ -1,11 +1,13 @@
 "Parameters: what a notebook or a shell gives is checked before anything is computed, and the run's name covers what decides the numbers."
 import dataclasses
 import pytest, torch
-from cdfss.basics import InputError, Options, check_option, option
+from cdfss.basics import InputError, Options, check_option, from_text, option
+from cdfss.__main__ import given as said
 from cdfss.engine import train as train_module
 from cdfss.engine.runs import injected, one_line_errors, parameters_cell, read_parameters, run_hash
 from cdfss.engine.train import SECTIONS, TrainSettings, numbers, open_run, prepare, resolve
 from cdfss.methods.seams import method_options, used_options
+from cdfss.report.sweeps import FIXED, SweepOptions, values_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
@@ -75,6 +77,22 @@ def test_numbers_where_words_are_expected_and_the_reverse():
     s = read(lr=1, momentum=0)
     assert s.lr == 1 and s.momentum == 0.0 and isinstance(s.momentum, float)
     assert TrainSettings(momentum=1) == TrainSettings(momentum=1.0)
+
+@pytest.mark.parametrize('kind', [TrainSettings, SweepOptions], ids=lambda kind: kind.__name__)
+def test_every_default_is_read_back_from_text(kind):
+    for f in dataclasses.fields(kind): assert from_text(f, str(f.default)) == f.default, f.name
+
+@pytest.mark.parametrize('name,text,value', [('epochs', '3', 3), ('epochs', 'None', None), ('lr', '1e-3', .001), ('lr', '2', 2.), ('shots', '5', '5'), ('shots', '1,5', '1,5'), ('compare', 'FALSE', False), ('nest', 'True', True), ('nest', 'false', False), ('nest', 'None', None),
+                                             ('method', 'None', 'None'), ('data_root', 'None', None), ('data_root', '007', '007'), ('fold', '0', 0)])
+def test_text_becomes_what_its_parameter_means(name, text, value):
+    "Of the command and of a sweep alike."
+    assert getattr(said([f'{name}={text}'], TrainSettings), name) == value and (name in FIXED or values_of(f'{name}=[{text}]', 'settings') == (name, [value]))
+    assert type(getattr(said([f'{name}={text}'], TrainSettings), name)) is type(value)
+
+@pytest.mark.parametrize('name,text', [('epochs', '1.0'), ('epochs', 'two'), ('epochs', ''), ('epochs', '-1'), ('epochs', '9'*30), ('lr', 'nan'), ('lr', 'None!'), ('compare', 'yes'), ('compare', '1'), ('seed', 'None'), ('fold', '4'), ('shots', 'a\0')])
+def test_text_that_its_parameter_cannot_mean(name, text):
+    with pytest.raises(InputError, match=name) as e: said([f'{name}={text}'], TrainSettings)
+    line(e)
 
 def test_check_option_alone():
     @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,8 @@ def _head(blob: bytes) -> tuple[dict, int] | None:
     if len(blob) < 16 or blob[:4] != _MAGIC: return None
     sum_, _, length = struct.unpack('<III', blob[4:16])
     head = blob[16:16 + length]
-    return (json.loads(head), 16 + length) if len(head) == length and zlib.crc32(head) == sum_ else None
+    if not length or len(head) != length or zlib.crc32(head) != sum_: return None             # of nothing the checksum is 0: a file of zeros has it
+    return json.loads(head), 16 + length
 
 def _unpack(blob: np.ndarray) -> tuple[dict, np.ndarray] | None:
     "Header and array of a record (a view), or None when it is not whole."

@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Iterable
 from PIL import Image
-from ..basics import InputError, Registry, file_hash, shortened, unknown
+from ..basics import InputError, Registry, cores, file_hash, shortened, unknown
 
 # %% ../../nbs/data/01_layouts.ipynb #e87dbf7f
-THREADS = min(16, 2 * (os.cpu_count() or 1))            # for reading many small files: waiting dominates
+THREADS = min(16, 2 * cores())            # for reading many small files: waiting dominates
 VOID = 255
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def _pictures(folder: Path, suffixes=IMAGES) -> list[Path]:
 def _lines(path: Path) -> list[str]:
     try: text = path.read_text(encoding='utf-8-sig')
     except (OSError, ValueError) as e: raise InputError(f"{path}: cannot be read as a list ({type(e).__name__}): expected text, a line each") from None
-    return [l for l in (l.strip() for l in text.splitlines()) if l]
+    lines = [l for l in (l.strip() for l in text.splitlines()) if l]
+    if long := next((l for l in lines if len(l.encode()) > 200), None): raise InputError(f"{path}: a line of {len(long)} characters, too long for a name")
+    return lines
 
 @dataclass
 class _Pairs:
@@ -164,7 +166,7 @@ def open_dataset(name: str, data_root: str | Path, split: str | None=None, on_er
     if split not in lay.splits: raise unknown(f"split of data set '{name}'", split, lay.splits)
     if min_area < 1 or (min_area > 1 and not lay.by_area):
         raise InputError(f"min_area={min_area}: expected 1 or more, and 1 for every data set but {' and '.join(n for n in DATASETS if DATASETS[n].by_area)}")
-    if not root.is_dir(): raise InputError(f"data_root={root}: no such folder: give the folder that holds the data sets")
+    if not os.path.isdir(root): raise InputError(f"data_root={root}: no such folder: give the folder that holds the data sets")
     data = lay.read(root, split, *[min_area]*lay.by_area)
     raise_or_keep(data.problems, on_error)
     data.on_error = on_error

@@ -5,7 +5,7 @@ __all__ = ['RULES', 'Draws', 'EPISODES', 'VOC_EPISODES', 'BAM_EPISODES', 'Manife
            'draw_nested', 'load_manifests', 'fit_epoch']
 
 # %% ../../nbs/data/04_manifests.ipynb #01fa0dc0
-import hashlib, json
+import hashlib, json, os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -236,7 +236,7 @@ def load_manifests(paths: str | Path, opener: Callable[[str, str], DataSet]) -> 
 
     Raises `InputError` for a path without manifests, two lists for one data set and shot, and what `Manifest.load` raises."""
     files = []
-    for p in (Path(p.strip()) for p in str(paths).split(',') if p.strip()): files += sorted(p.glob('*.json')) if p.is_dir() else [p]
+    for p in (Path(p.strip()) for p in str(paths).split(',') if p.strip()): files += sorted(p.glob('*.json')) if os.path.isdir(p) else [p]
     if not files: raise InputError(f"manifest={paths}: no .json file there: give a manifest, a folder of them, or several with commas between")
     opened, found, origin = {}, {}, {}
     for f in files:

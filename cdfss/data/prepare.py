@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 from PIL import Image
 from scipy.io import loadmat
-from ..basics import InputError, Options, Registry, atomic_write, option, shortened, unknown
+from ..basics import InputError, Options, Registry, atomic_write, cores, option, shortened, unknown
 from .archives import alone, archive_stem, check_archive, compare_manifest, extract, fetch, is_archive
 from .layouts import DEEPGLOBE, FORMATS, FSS_SPLITS, IMAGES, ISIC, PICTURE_ERRORS, VOC, VOID, _isic_table
 
@@ -52,7 +52,7 @@ def run_jobs(home: Path, step: dict, jobs: dict[str, Callable[[], list[Path]]], 
         done = _read_journal(path, step)
         todo = {name: job for name, job in jobs.items() if name not in done or not there(done[name])}
         if progress and todo and len(todo) < len(jobs): progress(len(jobs) - len(todo), len(jobs))
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers or cores()) as pool:
             waiting = {pool.submit(job): name for name, job in todo.items()}
             try:
                 for n, future in enumerate(as_completed(waiting), len(jobs) - len(todo) + 1):

@@ -7,7 +7,7 @@ __all__ = ['ADDED', 'NOT_HASHED', 'SCALES', 'ADAPT', 'ADAPTED_EPISODES', 'TrainS
            'plug', 'epochs_kept', 'described', 'load_segmenter']
 
 # %% ../../nbs/engine/36_train.ipynb #fb11a32d
-import contextlib, dataclasses, io, shutil, time
+import contextlib, dataclasses, io, os, shutil, time
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -147,9 +147,9 @@ def resolve(settings:Options) -> Options:
     by_task = any(kind.tuning and kind.tuning.pool == 'task' for kind in (BASES[recipe.base], *(MODULES[m] for m in recipe.modules)))
     if s.data_root is None and s.test_episodes is None and by_task: s = dataclasses.replace(s, test_episodes=ADAPTED_EPISODES)
     s = dataclasses.replace(s, **resolve_backbone(part(s, BackboneOptions)).dict())
-    if s.weights not in ('hub', 'none') and not Path(s.weights).is_file():
+    if s.weights not in ('hub', 'none') and not os.path.isfile(s.weights):
         raise InputError(f"weights={s.weights}: no such file; give a .safetensors or .pth file, hub or none")
-    if s.data_root is not None and not Path(s.data_root).is_dir():
+    if s.data_root is not None and not os.path.isdir(s.data_root):
         raise InputError(f"data_root={s.data_root}: no such folder; give the folder that holds VOC2012, ISIC, ..., or None for the built-in miniature")
     rules = PROTOCOLS[s.protocol]
     rules.split(s.source, s.fold)                                          # refuses a protocol of folds without one, and the other way round
@@ -164,7 +164,7 @@ def resolve(settings:Options) -> Options:
     s = dataclasses.replace(s, shots=listed(sorted(numbers(s.shots, 'shots'))), targets=listed(names(s.targets)),
                             track=s.track if s.track in ('all', 'none') else listed(sorted(numbers(s.track, 'track'))))
     if s.manifest:
-        missing = [p for p in s.manifest.split(',') if not Path(p.strip()).exists()]
+        missing = [p for p in s.manifest.split(',') if not os.path.exists(p.strip())]
         if missing: raise InputError(f"manifest={missing[0]}: no such file or folder; give a manifest .json, or leave it out to draw episodes by protocol={s.protocol}")
     if s.device not in ('auto', 'cpu') and not s.device.startswith('cuda'): raise InputError(f"device={s.device}: choose from auto, cpu, cuda")
     if s.device.startswith('cuda') and not torch.cuda.is_available(): raise InputError(f"device={s.device}: torch sees no GPU here; use device=auto or cpu")
@@ -174,8 +174,8 @@ def resolve(settings:Options) -> Options:
 def _checkpoint(s:Options) -> tuple[dict, str, dict[str, torch.Tensor]]:
     "The backbone options, recipe and tensors of the settings' checkpoint."
     path, base = Path(s.checkpoint), parse_recipe(s.method).base
-    if path.name == 'weights.safetensors' and (path.parent/'weights.json').is_file(): path = path.parent            # a run's file stands for the run
-    if path.is_dir():
+    if path.name == 'weights.safetensors' and os.path.isfile(path.parent/'weights.json'): path = path.parent            # a run's file stands for the run
+    if os.path.isdir(path):
         d = described(Run(path))
         if parse_recipe(d['recipe']).base != base: raise InputError(f"checkpoint={path}: it is a run of {d['recipe']}, not of {base}; give method={d['recipe']}, or another run")
         return d['backbone'], d['recipe'], load_segmenter(path).state_dict()

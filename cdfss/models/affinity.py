@@ -5,7 +5,7 @@ __all__ = ['GUIDE', 'resize', 'gap', 'minmax', 'dilate_whole', 'BaseLearner', 'g
            'Attention', 'AffinityOptions', 'Affinity', 'pseudo_loss', 'guide_of', 'read_predictor']
 
 # %% ../../nbs/models/14_affinity.ipynb #fbbc7e64
-import json
+import json, os
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -224,7 +224,7 @@ def guide_of(predictor:SSP, match:Match) -> Float[Tensor, "b g g"]:
 def read_predictor(path:str) -> SSP:
     "An SSP from a run folder or an official checkpoint. Raises `InputError` for a run of another method."
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         try: d = json.loads((path/'weights.json').read_text())
         except (OSError, ValueError, RecursionError): raise InputError(f"predictor={path}: no weights.json in it; give the folder of a finished run of ssp, or the file of its official checkpoint") from None
         if not isinstance(d, dict) or not isinstance(d.get('backbone'), dict): raise InputError(f"predictor={path}: its weights.json does not describe weights")

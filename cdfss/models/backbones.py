@@ -9,7 +9,7 @@ __all__ = ['NETS', 'ROOM', 'TIMES', 'MOST', 'VITS', 'IMAGENET_MEAN', 'IMAGENET_S
            'create_backbone', 'image_size']
 
 # %% ../../nbs/models/10_backbones.ipynb #e4c7443d
-import contextlib, difflib, io, itertools, math, re, sys, zipfile
+import contextlib, difflib, io, itertools, math, os, re, sys, zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def read_state(path:str|Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file (`.safetensors`, or a torch file that holds tensors only), with the usual wrappers
     (`state_dict`, `model`, a `module.` prefix) removed. Raises `InputError` naming the file when it is absent or cannot be read safely."""
     path = Path(path)
-    if not path.is_file(): raise InputError(f"weights={path}: no such file; give a .safetensors or .pth file, 'hub', 'auto' or 'none'")
+    if not os.path.isfile(path): raise InputError(f"weights={path}: no such file; give a .safetensors or .pth file, 'hub', 'auto' or 'none'")
     try:
         state = load_file(path) if path.suffix == '.safetensors' else read_torch(path)
     except Exception as e:
@@ -522,7 +522,7 @@ def backbone_of(net:nn.Module, o:BackboneOptions) -> Backbone:
     if vit and o.last_stage == 'stage2' and 'stage2' not in kept: raise unknown('last_stage', 'stage2', ['last', *stages])
     if o.weights.endswith('.npz'):
         if type(net) is not VisionTransformer: raise InputError(f"weights={o.weights}: an .npz holds a plain ViT, not a {type(net).__name__}; give a .safetensors or .pth file")
-        if not Path(o.weights).is_file(): raise InputError(f"weights={o.weights}: no such file; give a .npz, .safetensors or .pth file, 'hub' or 'none'")
+        if not os.path.isfile(o.weights): raise InputError(f"weights={o.weights}: no such file; give a .npz, .safetensors or .pth file, 'hub' or 'none'")
         try:
             if sum(i.file_size for i in zipfile.ZipFile(o.weights).infolist()) > 4*Path(o.weights).stat().st_size: raise ValueError('it unpacks to far more than its own size')
             net.load_pretrained(o.weights)

@@ -159,8 +159,8 @@ def read_boxes(boxes:Any, size:tuple[int, int], name:str, classes:dict[int, str]
             cls = numbers[cls]
         if isinstance(cls, bool) or not isinstance(cls, (int, float, np.number)): raise InputError(f"{name}: box {tuple(box)} is of class {cls!r}, expected a number or a name")
         if classes is not None and cls not in classes: raise InputError(f"{name}: box {tuple(box)} is of class {cls}, which is not known; classes: {', '.join(f'{k} {v}' for k, v in classes.items())}")
-        if int(cls) != cls or not 1 <= cls <= 255: raise InputError(f"{name}: box {tuple(box)} is of class {cls}, expected a number from 1 to 255")
-        if not all(isinstance(v, (int, float, np.number)) and np.isfinite(v) for v in at): raise InputError(f"{name}: box {tuple(box)}, expected numbers of pixels")
+        if not 1 <= cls <= 255 or int(cls) != cls: raise InputError(f"{name}: box {tuple(box)} is of class {cls}, expected a number from 1 to 255")
+        if not all(isinstance(v, (int, float, np.number)) and abs(v) < 1e9 for v in at): raise InputError(f"{name}: box {tuple(box)}, expected numbers of pixels")
         x0, y0, x1, y1 = (int(round(float(v))) for v in at)
         if min(x1, w) <= max(x0, 0) or min(y1, h) <= max(y0, 0): raise InputError(f"{name}: box {tuple(at)} holds no pixel of a picture of {w}x{h}; expected x0 < x1 and y0 < y1 inside it")
         found.append((max(x0, 0), max(y0, 0), min(x1, w), min(y1, h), int(cls)))

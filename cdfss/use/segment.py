@@ -4,7 +4,7 @@
 __all__ = ['FORMAT', 'windows', 'blend', 'SegmentOptions', 'Task', 'FewShot', 'load']
 
 # %% ../../nbs/use/72_segment.ipynb #994fbb36
-import dataclasses, json, math
+import dataclasses, json, math, os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,7 +255,7 @@ class FewShot:
     def load(cls, path:str|Path, device:str='auto') -> 'FewShot':
         "What `save` wrote. Raises `InputError` for a file that is absent, damaged, or something else."
         path = Path(path)
-        if not path.is_file(): raise InputError(f"{path}: no such file; give one that FewShot.save wrote")
+        if not os.path.isfile(path): raise InputError(f"{path}: no such file; give one that FewShot.save wrote")
         try:
             with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
         except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}); expected a file that FewShot.save wrote") from None
@@ -263,7 +263,7 @@ class FewShot:
         if meta.get('sha256') not in (None, tensors_hash(tensors)): raise InputError(f"{path}: damaged, its tensors are not those that FewShot.save wrote; fit and save again")
         device = _device(device)
         try: return cls._from(path, meta, tensors, device)
-        except InputError: raise
+        except InputError as e: raise (e if str(path) in str(e) else InputError(f'{path}: {e}')) from None
         except Exception as e: raise InputError(f"{path}: cannot be used ({type(e).__name__}: {shortened(e)}); expected a file that FewShot.save wrote") from None
 
     @classmethod
@@ -309,16 +309,16 @@ def load(recipe:str|Path='lcm', *, backbone:str|None=None, weights:str|None=None
     `backbone` (None: the miniature's, whose weights come with the package) and `weights` as in `models/10_backbones`; `checkpoint` is a run folder or the file of an official checkpoint of the recipe's
     base, and decides the backbone. `size` and the rest: `SegmentOptions`. `options` are those of the recipe (`lcm_beta`), of tuning (`adapt_steps`) and of the backbone (`output_stride`). Raises
     `InputError` for what does not exist or fit."""
-    if Path(recipe).is_file(): return FewShot.load(recipe, device)
+    if os.path.isfile(recipe): return FewShot.load(recipe, device)
     own = SegmentOptions(size=size, tile=tile, overlap=overlap, device=_device(device), precision=precision)
-    if Path(recipe).is_dir():
+    if os.path.isdir(recipe):
         if checkpoint is not None: raise InputError(f"checkpoint={checkpoint}: {recipe} is a run folder and has its own weights; give one of them")
         checkpoint, recipe = recipe, described(Run(recipe))['recipe']
     recipe, run = str(parse_recipe(str(recipe))), {}
     if checkpoint is not None:
         for name, value in (('backbone', backbone), ('weights', weights)):
             if value is not None: raise InputError(f"{name}={value}: the checkpoint decides it; leave it out")
-        if Path(checkpoint).is_dir():
+        if os.path.isdir(checkpoint):
             run = described(Run(checkpoint))
             options = {k: v for k, v in still_known(run['recipe'], run['options']).items() if k in method_options()} | options
     known = {*method_options(), *ADAPT, *(f.name for f in dataclasses.fields(BackboneOptions))} - {'backbone', 'weights'}
