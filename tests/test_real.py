@@ -228,4 +228,5 @@ def test_both_notebooks_to_their_end(data, records, tmp_path):
     (tmp_path/'figures'/'README.md.in').write_text(''.join(f'## {h}\n\n' for h in SECTIONS) + 'PCMT: {change: ssp+pcmt, far, 1}.\n')
     told = execute('claims', runs='runs', setting='smoke', figures='figures', miniature=ROOT/'figures')
     assert 'LoEC: LCM gains (+2.57)\n    miniature  ' in told and '0 holds, 0 does not hold' in told.splitlines()[-1]
+    assert set(pd.read_csv(tmp_path/'figures'/'seconds.csv').commit) == {'unknown'} and 'commit unknown' in (tmp_path/'figures'/'runs.txt').read_text()       # a package beside no checkout
     assert '(one seed).' in (tmp_path/'figures'/'README.md').read_text() and len(pd.read_csv(tmp_path/'figures'/'results.csv')) > 20

@@ -477,7 +477,7 @@ def report(o:RealOptions, folder:str|Path='figures/real', miniature:str|Path='fi
     table = claims_table(runs, miniature)
     write('claims.csv', table.to_csv(index=False, lineterminator='\n'))
     write('runs.txt', note)
-    took = pd.DataFrame([dict(job=n, run=r.path.name, seconds=seconds[n], device=r.env['device'], commit=r.env['commit'][:8] + ('+' if r.env['dirty'] else '')) for n, r in runs.items()])
+    took = pd.DataFrame([dict(job=n, run=r.path.name, seconds=seconds[n], device=r.env['device'], commit=(r.env['commit'] or 'unknown')[:8] + ('+' if r.env['dirty'] else '')) for n, r in runs.items()])
     write('seconds.csv', took.to_csv(index=False, lineterminator='\n'))
     return table
 

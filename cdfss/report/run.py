@@ -120,7 +120,7 @@ def results_over(runs:list[Run]) -> pd.DataFrame:
 
 def provenance(runs:list[Run]) -> str:
     "Which runs, commits and devices a figure shows, as text."
-    envs = {(str(r.env['commit'])[:8] + ('+' if r.env['dirty'] else ''), r.env['device'], r.env['torch']) for r in runs}
+    envs = {(str(r.env['commit'] or 'unknown')[:8] + ('+' if r.env['dirty'] else ''), r.env['device'], r.env['torch']) for r in runs}
     return '\n'.join(['runs: ' + ', '.join(r.path.name for r in runs), *(f'commit {c}, {d}, torch {t}' for c, d, t in sorted(envs))])
 
 # %% ../../nbs/report/53_run.ipynb #6b8a1f0b
