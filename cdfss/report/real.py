@@ -312,7 +312,8 @@ def score_table(frame:pd.DataFrame, upto:int) -> pd.DataFrame:
                     | dict(zip(('fb_iou', 'fb_low', 'fb_high'), span(same(values['fb_iou'], name)))) | dict(base=base if name != base else '', **dict(zip(('change', 'change_low', 'change_high'), span(change))))
                     | dict(manifest=manifest_hash(target, upto, int(shot))[:8] if target in TARGETS else ''))
     order = {t: k for k, t in enumerate((*TARGETS, *GROUPS))}
-    place = lambda c: c.map(order) if c.name == 'target' else c.map(lambda m: ORDER.index(m) if m in ORDER else len(ORDER)) if c.name == 'method' else c
+    nets = [b['backbone'] for b in BACKBONES.values()]                                           # the first is the study's own, the others are beside it
+    place = lambda c: c.map(order) if c.name == 'target' else c.map(nets.index) if c.name == 'backbone' else c.map(lambda m: ORDER.index(m) if m in ORDER else len(ORDER)) if c.name == 'method' else c
     return pd.DataFrame(rows).sort_values(['backbone', 'shot', 'target', 'method'], key=place, kind='stable', ignore_index=True).round(3)
 
 def lists(frame:pd.DataFrame) -> list[int]:
