@@ -419,8 +419,9 @@ def claims_text(table:pd.DataFrame, width:int=130) -> str:
     out = []
     number = lambda v, l, h: 'nothing measured' if pd.isna(v) else f'{v:+.2f}' + ('' if pd.isna(l) else f' [{l:+.2f}, {h:+.2f}]')
     for r in table.itertuples():
+        real = r.data if pd.isna(r.value) else f'{number(r.value, r.low, r.high)} {r.metric}; {r.data}'
         out += [f'{r.paper}: {r.claim}', f"    miniature  {r.miniature if isinstance(r.miniature, str) else 'not asked':14s} {number(r.mini_value, r.mini_low, r.mini_high)}",
-                f'    real       {r.real:14s} {number(r.value, r.low, r.high)} {r.metric}; {r.data}']
+                f'    real       {r.real:14s} {real}']
     for where in ('miniature', 'real'):
         counts = table[where].value_counts()
         out.append(f"{where}: " + ', '.join(f'{counts.get(v, 0)} {v}' for v in ('holds', 'does not hold', 'cannot tell')))
