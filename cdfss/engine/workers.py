@@ -4,7 +4,7 @@
 __all__ = ['Cell', 'function_named', 'outcome', 'serve', 'Local', 'schedule', 'rehearsal', 'capacity', 'RayCluster']
 
 # %% ../../nbs/engine/39_workers.ipynb #0bcc6553
-import importlib, json, math, os, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import gc, importlib, json, math, os, queue, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +62,7 @@ def serve(name:str):
         os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
     job = function_named(name)
+    gc.freeze()                                                                              # what was imported stays: collecting after a job need not go through it, a quarter of a second
     tell(kind='ready')
     while True: tell(**outcome(job, jobs.get(), lambda line: tell(kind='said', said=str(line))))
 
@@ -259,6 +260,7 @@ class _Actor:
         where = f'{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}' + (f", GPU {os.environ['CUDA_VISIBLE_DEVICES']}" if os.environ.get('CUDA_VISIBLE_DEVICES') else '')
         if hidden := [p for p in self.sees if not os.path.exists(p)]: return dict(kind='unfit', said=f'{where} does not see {hidden[0]}: the nodes must share the folders of the runs and the data')
         self.function = function_named(self.job)
+        gc.freeze()
         return dict(kind='ready', where=where)
     def run(self, value): return outcome(self.function, value, self._say)
     def news(self): return self.said
