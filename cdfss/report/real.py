@@ -313,7 +313,7 @@ def score_table(frame:pd.DataFrame, upto:int) -> pd.DataFrame:
                     | dict(manifest=manifest_hash(target, upto, int(shot))[:8] if target in TARGETS else ''))
     order = {t: k for k, t in enumerate((*TARGETS, *GROUPS))}
     nets = [b['backbone'] for b in BACKBONES.values()]                                           # the first is the study's own, the others are beside it
-    place = lambda c: c.map(order) if c.name == 'target' else c.map(nets.index) if c.name == 'backbone' else c.map(lambda m: ORDER.index(m) if m in ORDER else len(ORDER)) if c.name == 'method' else c
+    place = lambda c: c.map(order) if c.name == 'target' else c.map(lambda b: nets.index(b) if b in nets else len(nets)) if c.name == 'backbone' else c.map(lambda m: ORDER.index(m) if m in ORDER else len(ORDER)) if c.name == 'method' else c
     return pd.DataFrame(rows).sort_values(['backbone', 'shot', 'target', 'method'], key=place, kind='stable', ignore_index=True).round(3)
 
 def lists(frame:pd.DataFrame) -> list[int]:
