@@ -109,14 +109,15 @@ class Registry(dict):
     cell that is run twice, or the exported copy of what the notebook defines) is not a second thing: the notebook's own stays."""
     def __init__(self, kind:str):
         super().__init__()
-        self.kind = kind
+        self.kind, self.homes = kind, {}                                      # homes: name -> the package's module that registers it, whatever a notebook puts in its place
 
     def register(self, name:str) -> Callable:
         def add(thing):
-            old = self.get(name)
+            old, home = self.get(name), getattr(thing, '__module__', '__main__')
             if old is not None and old != thing and getattr(old, '__qualname__', old) != getattr(thing, '__qualname__', thing):
                 raise InputError(f"{self.kind} '{name}' is registered already, by {old!r}: choose another name")
             if old is None or getattr(thing, '__module__', '') == '__main__': self[name] = thing
+            if home != '__main__': self.homes.setdefault(name, home)
             return thing
         return add
 
