@@ -164,7 +164,8 @@ except KeyboardInterrupt: print('interrupted', flush=True)
 @pytest.mark.parametrize('by', ['SIGKILL', 'SIGINT'])
 def test_a_driver_that_ends_leaves_no_worker(tmp_path, by):
     jobs = [dict(n=0, mark=str(tmp_path/'0'), seconds=0.), dict(n=1, mark=str(tmp_path/'1'), seconds=600.), dict(n=2, mark=str(tmp_path/'2'), seconds=600.)]
-    driver = subprocess.Popen([sys.executable, '-c', DRIVER, json.dumps(jobs)], stdout=subprocess.PIPE, text=True)
+    heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)                    # a shell's background jobs, and what they start, ignore it
+    driver = subprocess.Popen([sys.executable, '-c', DRIVER, json.dumps(jobs)], stdout=subprocess.PIPE, text=True, preexec_fn=heeds)
     while not ((tmp_path/'1').exists() and (tmp_path/'2').exists() and (tmp_path/'2').read_text().endswith('\n')): time.sleep(.05)
     pids = {int((tmp_path/n).read_text()) for n in '12'}
     assert len(pids) == 2 and all(map(alive, pids))

@@ -60,7 +60,7 @@ def family(method:str) -> str:
     What follows a comma is a remark: `ssp+lem, stem frozen`."""
     try: modules = parse_recipe(method.split(',')[0]).modules
     except InputError: return 'other'                                     # a label such as "ours"
-    papers = {MODULES.homes.get(m, '').rsplit('.', 1)[-1] for m in modules}
+    papers = {MODULES.homes.get(m, MODULES[m].__module__).rsplit('.', 1)[-1] for m in modules}
     paper = 'base' if not papers else papers.pop() if len(papers) == 1 else 'several'
     return paper if paper in FAMILY_COLOURS else 'other'
 
