@@ -44,7 +44,7 @@ PARTS = ('core', 'tuned', 'combined', 'inside', 'more', 'mobilenet')
 class RealOptions(Options):
     "The grid of `real.ipynb`."
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
-    setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, two hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
+    setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, some hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
     parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
