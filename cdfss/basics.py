@@ -116,7 +116,7 @@ class Registry(dict):
             old, home = self.get(name), getattr(thing, '__module__', '__main__')
             if old is not None and old != thing and getattr(old, '__qualname__', old) != getattr(thing, '__qualname__', thing):
                 raise InputError(f"{self.kind} '{name}' is registered already, by {old!r}: choose another name")
-            if old is None or getattr(thing, '__module__', '') == '__main__': self[name] = thing
+            if old is None or home == '__main__': self[name] = thing
             if home != '__main__': self.homes.setdefault(name, home)
             return thing
         return add

@@ -38,7 +38,7 @@ def test_one_seed_cannot_tell(tmp_path):
     assert one['value'] == pytest.approx(3, abs=1) and one['verdict'] == 'cannot tell' and 'one seed' in one['data']
 
 def test_table_and_text(study, table, tmp_path):
-    assert len(table) == len(CLAIMS) and table['source'].str.contains('.md').all() and table['data'].str.contains('miniature|not measured').all()
+    assert len(table) == len(CLAIMS) and (table['source'].str.contains('.md') == (table['paper'] != 'here')).all() and table['data'].str.contains('miniature|not measured').all()
     text = to_text(table.reset_index())
     assert text.count('\n') >= 2*len(CLAIMS) and text.split('\n')[-1].endswith('cannot tell') and max(map(len, text.split('\n'))) <= 135
     again = check(study).set_index('claim')

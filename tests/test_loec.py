@@ -2,8 +2,8 @@
 import numpy as np
 import pytest, torch
 from parity_tools import close, images, load
-from cdfss.methods.loec import LCM, LEM, LCMOptions, LEMOptions, random_style, swap_amplitude
-from cdfss.methods.seams import build
+from cdfss.methods.loec import LCM, LEM, LCMMean, LCMMeanOptions, LCMOptions, LEMOptions, LEMStd, LEMStdOptions, random_style, swap_amplitude
+from cdfss.methods.seams import build, used_options
 from cdfss.models.segmenter import Match
 from episodes import backbone, episode, segmenter
 
@@ -222,3 +222,24 @@ def test_lcm_reads_its_stage():
     assert torch.equal(off, plain)
     for s in net.names: assert torch.equal(by[s][:, 0], plain[:, 0]) and not torch.equal(by[s], plain)
     assert not torch.equal(by['stem'], by['stage1'])
+
+# ---- variants ---------------------------------------------------------------------------------------------------------------
+def test_lcm_mean_is_lcm_with_its_rule():
+    g = torch.Generator().manual_seed(3)
+    scores, low = 5*torch.randn(2, 2, 9, 8, generator=g), torch.rand(2, 6, 18, 16, generator=g) + .1
+    match = Match({'stem': low}, {}, torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    plain, mean = LCM(LCMOptions(k=2, w=.4)).scores(scores, match), LCMMean(LCMMeanOptions(k=2, w=.4)).scores(scores, match)
+    assert torch.equal(mean, LCM(LCMOptions(k=2, w=.4, beta_rule='mean')).scores(scores, match)) and not torch.allclose(mean, plain, atol=1e-3)
+
+def test_lem_std_is_lem_with_its_renorm():
+    x = torch.rand(2, 8, 12, 12, generator=torch.Generator().manual_seed(4))
+    def of(m):
+        torch.manual_seed(7)
+        return m.stage('stem', x, 'support')
+    kept = of(LEMStd(LEMStdOptions(sigma=.3)))
+    assert torch.equal(kept, of(LEM(LEMOptions(sigma=.3, renorm='std')))) and torch.allclose(kept.std((2, 3)), x.std((2, 3)), rtol=1e-3) and not torch.allclose(of(LEM(LEMOptions(sigma=.3))).std((2, 3)), x.std((2, 3)), rtol=.1)
+
+@pytest.mark.parametrize('recipe', ['ssp+lem_std+lcm_mean', 'prototype+lcm_mean'])
+def test_variants_have_options_of_their_own(recipe):
+    flat = {k for k in used_options(recipe) if k.startswith(('lcm', 'lem'))}
+    assert flat and all(k.startswith(('lcm_mean_', 'lem_std_')) for k in flat) and not flat & {'lcm_mean_beta', 'lcm_mean_beta_rule', 'lem_std_renorm'}

@@ -9,17 +9,17 @@ __all__ = ['SOURCE', 'TARGETS', 'NEAR', 'BACKBONES', 'PARTS', 'SIZES', 'ORDER', 
            'draw_changes', 'about', 'report', 'ClaimOptions', 'tell']
 
 # %% ../../nbs/report/61_real.ipynb #ee0b0919
-import gc, json, math, re
+import json, math, re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from ..basics import InputError, Options, atomic_write, option, unknown, write_json
 from ..data.subsets import check_subset, manifest_hash, read_subset
 from ..diagnostics.diagnosis import diagnose
 from ..diagnostics.trajectory import label
-from ..engine.grid import local_workers, run_cell, visible_gpus
+from ..engine.grid import local_workers, run_cell, tidy, visible_gpus
 from ..engine.metrics import COUNTS, METRICS, seed_interval
 from ..engine.runs import Run, run_hash
 from ..engine.train import ADDED, TrainSettings, numbers
@@ -152,17 +152,14 @@ def plan(o:RealOptions) -> list[Job]:
     return jobs
 
 # %% ../../nbs/report/61_real.ipynb #f0d63d37
+@tidy()
 def do(value:dict, say:Callable=lambda line: None) -> str:
     "A job in a worker: train `settings`, or take the `look`s (diagnostic -> options) inside `run` with `recipe`. Returns the run's folder. Raises `InputError` as `train` and `diagnose` do."
     if 'look' not in value: return run_cell(value['settings'], say)['run']
-    try:
-        for name, options in value['look'].items():
-            say(name)
-            diagnose(Run(value['run']), name, value['recipe'] or None, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})      # lists: it came as JSON
-        return value['run']
-    finally:
-        gc.collect()
-        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    for name, options in value['look'].items():
+        say(name)
+        diagnose(Run(value['run']), name, value['recipe'] or None, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})      # lists: it came as JSON
+    return value['run']
 
 class Progress:
     "Which jobs are done, and in which run folders: `real-<setting>.json`."
@@ -243,9 +240,11 @@ def label_of(run:Run, method:str) -> str:
     "A method's name in this study: the recipe, frozen stages, and what else differs from the plan's usual."
     p, usual = run.params, TrainSettings()
     said = [row_name(p, label(run, method))]
+    for asked, variant in (('lcm_beta_rule', 'lcm_mean'), ('lem_renorm', 'lem_std')):                  # the same modules, asked for by an option
+        if p.get(asked) == variant[4:]: said[0] = re.sub(rf'\b{variant[:3]}\b', variant, said[0])
     if p['lr'] != _common['lr'] and p['epochs']: said.append(f"rate {p['lr']:g}")
     given = lambda k: p.get(k, ADDED.get(k, getattr(usual, k)))                                # of a run that is older than the option, what it did
-    said += [f"{k.replace('_', ' ')} {given(k) if isinstance(given(k), str) else f'{given(k):g}'}" for k in ('lem_renorm', 'lem_bound', 'lcm_beta', 'lcm_beta_rule')
+    said += [f"{k.replace('_', ' ')} {given(k) if isinstance(given(k), str) else f'{given(k):g}'}" for k in ('lem_bound', 'lcm_beta')
              if k[:3] in parse_recipe(method.split(',')[0]).modules and given(k) != getattr(usual, k)]
     return ', '.join(said)
 
@@ -287,8 +286,8 @@ def per_seed(frame:pd.DataFrame, metric:str='class_miou', upto:int|None=None) ->
 
 def span(values:pd.Series) -> tuple[float, float, float]: return seed_interval(values) if len(values) > 1 else (values.iloc[0] if len(values) else math.nan, math.nan, math.nan)
 
-ORDER = ('ssp', 'ssp, stem frozen', 'ssp, stem+stage1 frozen', 'ssp+lem', 'ssp+lem, lem bound 0', 'ssp+lem, lem renorm std', 'ssp+lem, lem renorm std, lem bound 0', 'ssp+lem, stem+stage1 frozen', 'ssp+lcm', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm, lcm beta rule mean', 'ssp+lcm, stem frozen', 'ssp+lcm, stem+stage1 frozen',
-         'ssp+lem+lcm', 'ssp+lem+lcm, lem bound 0', 'ssp+lem+lcm, lem renorm std', 'ssp+lem+lcm, lem renorm std, lem bound 0', 'ssp+lem+lcm, stem+stage1 frozen', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
+ORDER = ('ssp', 'ssp, stem frozen', 'ssp, stem+stage1 frozen', 'ssp+lem', 'ssp+lem, lem bound 0', 'ssp+lem_std', 'ssp+lem_std, lem bound 0', 'ssp+lem, stem+stage1 frozen', 'ssp+lcm', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm_mean', 'ssp+lcm, stem frozen', 'ssp+lcm, stem+stage1 frozen',
+         'ssp+lem+lcm', 'ssp+lem+lcm, lem bound 0', 'ssp+lem_std+lcm', 'ssp+lem_std+lcm, lem bound 0', 'ssp+lem+lcm, stem+stage1 frozen', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
 BASES = {'ifa': 'ifa, untuned', 'ifa, 1 round': 'ifa, untuned'}                          # everything else is compared with ssp
 GROUPS = dict(far=tuple(t for t in TARGETS if t != NEAR), all=TARGETS)                     # means beside the single targets
 
@@ -371,11 +370,11 @@ OWN = (Own('LFM', 'APM-M and ACPA gain over their host on far targets (HSNet: mo
        Own('across', 'APM-M and ACPA gain beside LEM', 'ssp+lem+apm_m+acpa', 'ssp+lem', 'no paper'),
        Own('here', 'LEM loses less when the gradient through its phase is bounded', 'ssp+lem', 'ssp+lem, lem bound 0', 'no paper'),
        Own('here', "LEM gains where the first two stages are frozen, as in the paper's base", 'ssp+lem, stem+stage1 frozen', 'ssp, stem+stage1 frozen', 'no paper'),
-       Own('here', "LEM loses less when each channel keeps its own mean and std (renorm std)", 'ssp+lem, lem renorm std', 'ssp+lem', 'no paper'),
-       Own('here', 'LEM with renorm std gains over SSP', 'ssp+lem, lem renorm std', 'ssp', 'no paper'),
-       Own('here', "LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lcm, lcm beta rule mean', 'ssp+lcm', 'no paper'),
+       Own('here', 'LEM gains more when each channel keeps its own mean and std (lem_std)', 'ssp+lem_std', 'ssp+lem', 'no paper'),
+       Own('here', 'LEM gains over SSP when each channel keeps its own mean and std', 'ssp+lem_std', 'ssp', 'no paper'),
+       Own('here', "LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lcm_mean', 'ssp+lcm', 'no paper'),
        Own('here', 'LCM with beta 0.9 gains over 0.7', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm', 'no paper'),
-       Own('here', "LCM against each patch's mean similarity gains over SSP", 'ssp+lcm, lcm beta rule mean', 'ssp', 'no paper'))
+       Own('here', "LCM against each patch's mean similarity gains over SSP", 'ssp+lcm_mean', 'ssp', 'no paper'))
 CLAIM_COLUMNS = ['paper', 'claim', 'figure', 'metric', 'mini_value', 'mini_low', 'mini_high', 'miniature', 'value', 'low', 'high', 'real', 'data', 'source']
 
 def _paper_figure(text:str) -> str:
@@ -393,7 +392,7 @@ def claims_table(runs:dict[str, Run], miniature:str|Path='figures') -> pd.DataFr
         t = t[(t.claim == key) & (t.metric == metric if metric else True)]
         return dict(zip(('mini_value', 'mini_low', 'mini_high', 'miniature'), t.iloc[0][['value', 'low', 'high', 'verdict']])) if len(t) else {}
     for r in check(study).to_dict('records'):
-        if r['claim'].startswith('APM-M and ACPA gain over HSNet'): continue                          # asked on SSP below
+        if r['paper'] == 'here' or r['claim'].startswith('APM-M and ACPA gain over HSNet'): continue      # asked below, of LFM on SSP
         rows.append(dict(paper=r['paper'], claim=_real_words(r['claim']), figure=_paper_figure(r['claim']), metric=r['unit'], value=r['value'], low=r['low'], high=r['high'], real=r['verdict'], data=r['data'].replace('own data', 'subsets'), source=r['source'], **old('claims.csv', r['claim'])))
     for name in ('hsl', 'ifa'):
         if name not in study.parts: continue
@@ -407,7 +406,7 @@ def claims_table(runs:dict[str, Run], miniature:str|Path='figures') -> pd.DataFr
             found = change(frame, c.new, c.old, GROUPS['far'], c.shot)
             (value, low, high), data = span(found), f"subsets, far targets, {len(found)} seed{'s' if len(found) > 1 else ''}"
         except InputError as e: data = f'not measured: {e}'
-        rows.append(dict(paper=c.paper, claim=c.says, figure=_paper_figure(c.says), metric='class mIoU, points', value=value, low=low, high=high, real=verdict(low, high), data=data, source=c.source))
+        rows.append(dict(paper=c.paper, claim=c.says, figure=_paper_figure(c.says), metric='class mIoU, points', value=value, low=low, high=high, real=verdict(low, high), data=data, source=c.source, **old('claims.csv', c.says)))
     return pd.DataFrame(rows).reindex(columns=CLAIM_COLUMNS)
 
 def _real_words(text:str) -> str: return text.replace('Deepglobe and ISIC', 'ISIC').replace('FSS-1000', 'the near target').replace('on fss', 'on the near target')
