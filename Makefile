@@ -50,7 +50,7 @@ lock:
 wheel: setup
 	$(BIN)/python -m build --wheel
 
-# the grid of runs on the miniature behind the figures, and the diagnostics of each: STUDY=loec, lfm, hsl or ifa; resumable
+# the grid of runs on the miniature behind the figures, and the diagnostics of each: STUDY=loec, variants, lfm, hsl or ifa; resumable
 study: setup
 	@mkdir -p runs
 	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/study.ipynb "runs/study-$(STUDY).ipynb" -p study "$(STUDY)" $(ARGS) --log-output --no-progress-bar

@@ -141,3 +141,5 @@ class LCMMean(LCM):
 ALIASES.register('lem')('ssp+lem')
 ALIASES.register('lcm')('ssp+lcm')
 ALIASES.register('loec')('ssp+lem+lcm')
+ALIASES.register('lem_std')('ssp+lem_std')
+ALIASES.register('lcm_mean')('ssp+lcm_mean')

@@ -38,7 +38,7 @@ NEAR = 'davis'
 BACKBONES = dict(resnet18=dict(backbone='resnet18', weights='resnet18_in1k_to_layer3.safetensors'),
                  mobilenetv2=dict(backbone='mobilenetv2_100', weights='mobilenetv2_100_in1k_1001.safetensors', pixels='half', last_stage='stage4'),
                  miniature=dict(backbone='miniature', weights='auto'))
-PARTS = ('core', 'tuned', 'combined', 'inside', 'more', 'mobilenet')
+PARTS = ('core', 'tuned', 'combined', 'inside', 'mobilenet', 'more')
 
 @dataclass(frozen=True)
 class RealOptions(Options):
@@ -46,7 +46,7 @@ class RealOptions(Options):
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
     setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, some hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
-    parts:str     = option(','.join(PARTS), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), more (what tests a likely reason: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, the stem frozen alone, Otsu, the papers' learning rate), mobilenet (a second backbone)")
+    parts:str     = option(','.join(p for p in PARTS if p != 'more'), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), mobilenet (a second backbone), more (what tests a likely reason, about as long again: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, LCM's threshold, the stem frozen alone, Otsu, the papers' learning rate), all")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)
     workers:int   = option(0, "runs side by side; 0: one per core, four on a GPU", low=0)
     engine:str    = option('local', "local: processes of this machine; ray: a Ray cluster, whose nodes share data and runs", choices=('local', 'ray'))
@@ -59,8 +59,8 @@ class RealOptions(Options):
         "The parts asked for. Raises `InputError` for an unknown one."
         found = [p.strip() for p in self.parts.split(',') if p.strip()]
         for p in found:
-            if p not in PARTS: raise unknown('part of the study', p, PARTS)
-        return found
+            if p not in PARTS and p != 'all': raise unknown('part of the study', p, (*PARTS, 'all'))
+        return list(PARTS) if 'all' in found else found
 
 @dataclass(frozen=True)
 class Size:
@@ -118,7 +118,8 @@ def lem_jobs(size:Size, seed:int, common:dict) -> list[Job]:
 def more_jobs(size:Size, seed:int, common:dict) -> list[Job]:
     "What else tests a likely reason, or completes a table."
     return [_score('hsl, otsu', seed, 'hsl', common, method='hsl', pcmt_rule='otsu'), _fit('ssp+lcm, stem frozen', seed, common, method='lcm', freeze='stem'),
-            _score('ssp+lcm, beta .9', seed, 'ssp+lcm', common, method='lcm', lcm_beta=.9), _score('loec+pcmt', seed, 'ssp+lem+lcm', common, method='ssp+lem+lcm+pcmt'),
+            _score('ssp+lcm, beta .9', seed, 'ssp+lcm', common, method='lcm', lcm_beta=.9), _score('loec, beta mean', seed, 'ssp+lem+lcm', common, method='loec', lcm_beta_rule='mean'),
+            _score('loec, renorm, beta mean', seed, 'ssp+lem+lcm, renorm', common, method='loec', lem_renorm='std', lcm_beta_rule='mean'), _score('loec+pcmt', seed, 'ssp+lem+lcm', common, method='ssp+lem+lcm+pcmt'),
             _score('ifa, near', seed, 'bfp', common, method='ifa', targets=NEAR, shots=size.near_shots), _score('lem+apm_m+acpa', seed, 'ssp+lem+lcm', common, method='ssp+lem+apm_m+acpa', **size.tuned)]
 
 def look_jobs(size:Size, seed:int) -> list[Job]:
@@ -143,12 +144,15 @@ def plan(o:RealOptions) -> list[Job]:
     own = common(size.backbone)
     of = lambda part, made, at=seeds: [j for seed in at for j in made(seed)] if part in o.chosen else []
     sized = lambda made: lambda seed: made(size, seed, own)
-    jobs = [*of('core', sized(core_jobs)), *of('tuned', sized(tuned_jobs)), *of('inside', lambda seed: look_jobs(size, seed)[:2], seeds[:1]), *of('more', sized(lem_jobs)), *of('combined', sized(combined_jobs)),
-            *of('inside', lambda seed: look_jobs(size, seed)[2:], seeds[:1]), *of('more', sized(more_jobs)), *of('inside', lambda seed: look_jobs(size, seed), seeds[1:])]
-    if 'more' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
+    looks = lambda seed: look_jobs(size, seed)
+    jobs = [*of('core', sized(core_jobs)), *of('tuned', sized(tuned_jobs)), *of('inside', lambda seed: looks(seed)[:2], seeds[:1]), *of('combined', sized(combined_jobs)),
+            *of('inside', lambda seed: looks(seed)[2:], seeds[:1]), *of('inside', looks, seeds[1:])]
     if 'mobilenet' in o.chosen and o.setting != 'smoke':
         other = common('mobilenetv2') | dict(targets=','.join(TARGETS), precision='float32')
         jobs += [Job(f'{m}, MobileNetV2, seed {s}', other | dict(method=m, seed=s) | (size.quiet if s != seeds[0] or m == 'loec' else {})) for s in seeds for m in ('lcm', 'loec')]
+        if 'more' in o.chosen: jobs += [_score('lcm, MobileNetV2, beta mean', s, 'lcm, MobileNetV2', other, method='lcm', lcm_beta_rule='mean') for s in seeds]
+    jobs += [*of('more', sized(lem_jobs)), *of('more', sized(more_jobs))]
+    if 'more' in o.chosen: jobs.append(Job(f'ssp at 0.001, seed {seeds[0]}', own | dict(method='ssp', seed=seeds[0], targets=','.join(TARGETS), lr=1e-3)))
     return jobs
 
 # %% ../../nbs/report/61_real.ipynb #f0d63d37
@@ -287,7 +291,7 @@ def per_seed(frame:pd.DataFrame, metric:str='class_miou', upto:int|None=None) ->
 def span(values:pd.Series) -> tuple[float, float, float]: return seed_interval(values) if len(values) > 1 else (values.iloc[0] if len(values) else math.nan, math.nan, math.nan)
 
 ORDER = ('ssp', 'ssp, stem frozen', 'ssp, stem+stage1 frozen', 'ssp+lem', 'ssp+lem, lem bound 0', 'ssp+lem_std', 'ssp+lem_std, lem bound 0', 'ssp+lem, stem+stage1 frozen', 'ssp+lcm', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm_mean', 'ssp+lcm, stem frozen', 'ssp+lcm, stem+stage1 frozen',
-         'ssp+lem+lcm', 'ssp+lem+lcm, lem bound 0', 'ssp+lem_std+lcm', 'ssp+lem_std+lcm, lem bound 0', 'ssp+lem+lcm, stem+stage1 frozen', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
+         'ssp+lem+lcm', 'ssp+lem+lcm, lem bound 0', 'ssp+lem+lcm_mean', 'ssp+lem_std+lcm', 'ssp+lem_std+lcm_mean', 'ssp+lem_std+lcm, lem bound 0', 'ssp+lem+lcm, stem+stage1 frozen', 'ssp+dsr', 'ssp+hsm', 'ssp+dsr+hsm', 'ssp+pcmt', 'ssp+dsr+hsm+pcmt', 'ssp+dsr+hsm+pcmt, otsu threshold', 'ssp+lcm+pcmt', 'ssp+lem+lcm+pcmt', 'ssp+dsr+hsm+lcm+pcmt')
 BASES = {'ifa': 'ifa, untuned', 'ifa, 1 round': 'ifa, untuned'}                          # everything else is compared with ssp
 GROUPS = dict(far=tuple(t for t in TARGETS if t != NEAR), all=TARGETS)                     # means beside the single targets
 
@@ -373,6 +377,7 @@ OWN = (Own('LFM', 'APM-M and ACPA gain over their host on far targets (HSNet: mo
        Own('here', 'LEM gains more when each channel keeps its own mean and std (lem_std)', 'ssp+lem_std', 'ssp+lem', 'no paper'),
        Own('here', 'LEM gains over SSP when each channel keeps its own mean and std', 'ssp+lem_std', 'ssp', 'no paper'),
        Own('here', "LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lcm_mean', 'ssp+lcm', 'no paper'),
+       Own('here', "beside LEM, LCM against each patch's mean similarity gains over the paper's fixed 0.7", 'ssp+lem+lcm_mean', 'ssp+lem+lcm', 'no paper'),
        Own('here', 'LCM with beta 0.9 gains over 0.7', 'ssp+lcm, lcm beta 0.9', 'ssp+lcm', 'no paper'),
        Own('here', "LCM against each patch's mean similarity gains over SSP", 'ssp+lcm_mean', 'ssp', 'no paper'))
 CLAIM_COLUMNS = ['paper', 'claim', 'figure', 'metric', 'mini_value', 'mini_low', 'mini_high', 'miniature', 'value', 'low', 'high', 'real', 'data', 'source']

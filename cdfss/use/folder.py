@@ -12,7 +12,7 @@ from ..basics import InputError, Options, option
 from ..models.backbones import MOST
 from .pictures import pairs_in, pictures_in
 from .results import Result, save_coco
-from .segment import FewShot, load
+from .segment import RECIPE, FewShot, load
 
 # %% ../../nbs/use/74_folder.ipynb #088c5eaf
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FolderOptions(Options):
     queries:str|None    = option(None, "folder of the pictures to segment (None: those of `images` that have no mask)")
     fitted:str|None     = option(None, "a file saved before (fitted.safetensors), in place of images and masks; only queries are needed then")
     classes:str|None    = option(None, "names of the classes 1, 2, ..., comma separated")
-    recipe:str          = option('lcm', "recipe base[+module...], or a run folder")
+    recipe:str          = option(RECIPE, "recipe base[+module...], or a run folder")
     backbone:str|None   = option(None, "as in train.ipynb: resnet50, dinov2, ... (None: the miniature's, whose weights come with the package)")
     weights:str|None    = option(None, "hub, none, or a file (None: the backbone's usual)")
     checkpoint:str|None = option(None, "a run folder, or the file of an official checkpoint of the recipe's base")
