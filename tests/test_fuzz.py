@@ -236,6 +236,13 @@ def test_annotations_that_lie_to_the_decoder(tmp_path, shape):
     assert bad['annotations'][0]['segmentation'] == shape or shape != shape or bad != COCO
     with pytest.raises(InputError, match='instances_val'): prepare._load_coco(_written(tmp_path/'instances_val.json', bad))
 
+@pytest.mark.parametrize('first,said', [(dict(id=None), 'no whole number'), (dict(id=2, segmentation=dict(size=[12, 10], counts=[2**40, 5])), 'run lengths')])
+def test_every_annotation_is_checked(tmp_path, first, said):
+    pytest.importorskip('pycocotools')
+    coco = COCO | dict(annotations=[COCO['annotations'][0] | first, COCO['annotations'][1]])              # the second has the number of the first: pycocotools knows it alone by its number
+    with pytest.raises(InputError, match=said): prepare._load_coco(_written(tmp_path/'instances_val.json', coco))
+
+
 def _written(path:Path, value) -> Path:
     path.write_text(json.dumps(value))
     return path

@@ -410,13 +410,13 @@ def _check_coco(coco):
     if not all(isinstance(coco.dataset[k], list) for k in ('images', 'annotations', 'categories')): raise ValueError('no lists of images, annotations and categories')
     names = [c['name'] for c in coco.cats.values()]
     if not all(isinstance(n, str) and n.isprintable() and n for n in names): raise ValueError('a category whose name is no line of text')
-    if not all(type(i) is int for i in (*coco.cats, *coco.imgs)): raise ValueError('an id that is no whole number')
+    if not all(type(i) is int for i in (*coco.cats, *coco.imgs, *(a['id'] for a in coco.dataset['annotations']))): raise ValueError('an id that is no whole number')
     for info in coco.imgs.values():
         h, w = info['height'], info['width']
         if type(h) is not int or type(w) is not int or not (0 < h and 0 < w and h*w <= MOST_PIXELS): raise ValueError(f"image {info['id']} of {w} x {h} pixels")
         stem = Path(info['file_name']).stem
         if not stem.isprintable() or '\\' in stem or stem in ('', '.', '..'): raise ValueError(f"image {info['id']} has no file name")
-    for a in coco.anns.values():
+    for a in coco.dataset['annotations']:                                  # not coco.anns, which has one of each number
         info, shape = coco.imgs[a['image_id']], a['segmentation']
         h, w, where = info['height'], info['width'], f"annotation {a['id']}"
         if a['category_id'] not in coco.cats: raise ValueError(f'{where} is of no category')
