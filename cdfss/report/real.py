@@ -44,7 +44,7 @@ PARTS = ('core', 'tuned', 'combined', 'inside', 'mobilenet', 'more')
 class RealOptions(Options):
     "The grid of `real.ipynb`."
     data:str|None = option(None, "folder of the real data sets, with their subset files (data/13_subsets) and weights/")
-    setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, some hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
+    setting:str   = option('reduced', "how much: smoke (seconds, the miniature's backbone), reduced (224 px, two CPU cores, under two hours), full (400 px, 20 epochs, a GPU)", choices=('smoke', 'reduced', 'full'))
     seeds:str     = option('0,1,2', "seeds, comma separated")
     parts:str     = option(','.join(p for p in PARTS if p != 'more'), "what of the plan: core (LoEC, frozen stages, HSL and its parts, IFA untuned), tuned (IFA, LFM), combined (methods of several papers), inside (diagnostics), mobilenet (a second backbone), more (what tests a likely reason, about as long again: LEM with no bound on its gradient, with frozen stages, with each channel's size kept, LCM's threshold, the stem frozen alone, Otsu, the papers' learning rate), all")
     minutes:float = option(0., "stop after so many minutes; the same command continues (0: when all is done)", low=0)

@@ -302,7 +302,7 @@ def _device(device:str) -> str:
     return device
 
 # %% ../../nbs/use/72_segment.ipynb #4584a40a
-RECIPE = 'lcm_mean'                                                        # of LCM's thresholds the one that harmed no domain of real photographs (methods/21_loec)
+RECIPE = 'lcm_mean'                                                        # of LCM's thresholds the one that cost no domain of real photographs more than a tenth of a point (methods/21_loec)
 
 def load(recipe:str|Path=RECIPE, *, backbone:str|None=None, weights:str|None=None, checkpoint:str|Path|None=None, size:int|None=None, tile:int|None=None, overlap:float=.25, device:str='auto',
          precision:str='float32', **options) -> FewShot:
