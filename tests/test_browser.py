@@ -55,6 +55,21 @@ def opened(page, address):
         except TimeoutError:
             if not left: raise
 
+BEGUN = [60_000]*4                                                                            # milliseconds for the first cell, at each try
+
+def run_cells(page):
+    "Run all cells and wait for the first. A kernel may leave its first requests lying (seen about once in fifty: all cells wait, [*], and it says Idle): it is started again then, as a user would."
+    from playwright.sync_api import expect
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_text('Run All Cells', exact=True).click()
+    for n, patience in enumerate(BEGUN, 1):
+        try: return expect(page.locator('.jp-CodeCell .jp-InputArea-prompt').first).to_have_text(re.compile(r'\[\d+\]'), timeout=patience)
+        except AssertionError:
+            if n == len(BEGUN): raise
+        page.get_by_role('menuitem', name='Kernel', exact=True).click()
+        page.get_by_text('Restart Kernel and Run All Cells', exact=False).click()
+        page.get_by_role('dialog').get_by_role('button', name='Restart').click()
+
 @contextlib.contextmanager
 def run_all(chromium, lab, name, shot):
     "The page of a notebook whose cells are being run; at the end a picture of it is kept, and no cell may have said anything on stderr."
@@ -65,8 +80,7 @@ def run_all(chromium, lab, name, shot):
         page.set_default_timeout(180_000)
         try:
             opened(page, f'{lab}/lab/tree/{name}.ipynb?reset')
-            page.get_by_role('menuitem', name='Run', exact=True).click()
-            page.get_by_text('Run All Cells', exact=True).click()
+            run_cells(page)
             yield page
         finally: page.screenshot(path=f"{os.environ.get('CDFSS_SCREENSHOTS', shot)}/{name}.png")
         errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]')
